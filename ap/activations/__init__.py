@@ -1,0 +1,1 @@
+"""Activations proposed against dead neurons, under one registry."""

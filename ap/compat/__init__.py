@@ -1,0 +1,1 @@
+"""Thin adapters, one file for each foreign system."""

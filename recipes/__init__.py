@@ -1,0 +1,1 @@
+"""Experiments: data, models, a fast training engine, paired comparisons, reports."""

@@ -1,0 +1,1 @@
+"""Studies: what each activation paper claims, rebuilt and checked."""
