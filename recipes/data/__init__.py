@@ -1,1 +1,6 @@
-"""Data sets."""
+"""Data sets of images, small enough to stay in memory as bytes."""
+
+from recipes.data.registry import load, names
+from recipes.data.sets import DataError, ImageData, ImageSet, MissingDataError
+
+__all__ = ["DataError", "ImageData", "ImageSet", "MissingDataError", "load", "names"]
