@@ -1,0 +1,589 @@
+"""Which weights are alive, and that the dead ones stay dead. Masks live beside the model, never in it."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from ap.names import close_names, named_modules, refuse_wrappers
+from ap.ranking import apportion, lowest, lowest_per_row
+
+Scope = Literal["global", "layer", "row", "group"]
+Filter = str | Iterable[str] | Callable[[str, nn.Module], bool]
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_SCHEMA = 1
+
+
+class Handle(Protocol):
+    """What a hook's registration returns."""
+
+    def remove(self) -> None:
+        """Removes the hook."""
+
+
+class Masks:
+    """Which of a model's weights are alive.
+
+    Every convolution's, linear layer's and attention projection's weight gets a mask of its own shape; biases and
+    normalisation parameters are never pruned. A tensor that several layers share is counted once, under its first name.
+    The model itself is not changed: parameters keep their names, and pruning just writes zeros.
+
+    Args:
+        model: any module. `nn.DataParallel` and FSDP are refused; the prefixes of DDP (`module.`) and `torch.compile`
+            (`_orig_mod.`) are left out of the names. What `torch.nn.utils.prune` has masked starts dead.
+        include: which weights: names (`"fc1.weight"` or `"fc1"`), globs (`"layer1.*"`), or a predicate
+            `(name, module) -> bool`; default all. A full parameter name may also name another parameter, e.g. an
+            embedding's.
+        exclude: the same, for what to leave out.
+        floor: how many weights every layer keeps at least, whatever the scores say.
+
+    Raises:
+        ValueError: nothing to prune, or a filter that matches nothing (the close names are listed).
+        TypeError: a wrapper whose parameters are not the model's own.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> masks = Masks(model)
+        >>> masks.names, masks.total
+        (['0.weight', '2.weight'], 10)
+        >>> masks.prune({"0.weight": torch.arange(8.0).view(2, 4), "2.weight": torch.ones(1, 2)}, amount=0.2)
+        2
+        >>> masks["0.weight"]
+        tensor([[False,  True,  True,  True],
+                [ True,  True,  True,  True]])
+        >>> masks.alive, masks.density
+        (8, 0.8)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: Filter | None = None,
+        exclude: Filter | None = None,
+        floor: int = 0,
+    ) -> None:
+        refuse_wrappers(model)
+        if floor < 0:
+            raise ValueError(f"floor must be at least 0, not {floor}")
+        self.floor = floor
+        self.model = model
+        self._slots = {slot.name: slot for slot in _select(model, include, exclude)}
+        if not self._slots:
+            raise ValueError(
+                f"{type(model).__name__} has nothing to prune: no convolution, linear layer or attention projection"
+                + (" passes the filters" if include is not None or exclude is not None else "")
+            )
+        self.from_torch_prune_()
+        for name, slot in self._slots.items():
+            if slot.mask.numel() == 0 or not bool(slot.mask.any()):
+                warnings.warn(f"{name} has no weight that is alive", stacklevel=2)
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module, **kwargs: Any) -> Masks:
+        """Masks of an already sparse model: what is exactly zero is dead.
+
+        Example:
+            >>> layer = nn.Linear(2, 1)
+            >>> _ = nn.init.constant_(layer.weight, 0.0)
+            >>> with warnings.catch_warnings(action="ignore"):
+            ...     Masks.from_zeros(layer).alive
+            0
+        """
+        masks = cls(model, **kwargs)
+        masks.remove({name: masks.weight(name) == 0 for name in masks.names})
+        return masks
+
+    @property
+    def names(self) -> list[str]:
+        """The weights' names in module order, which is also the order of ties."""
+        return list(self._slots)
+
+    @property
+    def total(self) -> int:
+        """How many weights there are, dead or alive."""
+        return sum(slot.mask.numel() for slot in self._slots.values())
+
+    @property
+    def alive(self) -> int:
+        """How many weights are alive."""
+        return sum(self.layer_alive().values())
+
+    @property
+    def density(self) -> float:
+        """The share of weights that are alive, in [0, 1]."""
+        return self.alive / self.total
+
+    def layer_alive(self) -> dict[str, int]:
+        """How many weights of each layer are alive."""
+        return {name: int(torch.count_nonzero(slot.mask)) for name, slot in self._slots.items()}
+
+    def layer_density(self) -> dict[str, float]:
+        """The share of each layer's weights that are alive, in [0, 1]."""
+        alive = self.layer_alive()
+        return {name: alive[name] / max(1, slot.mask.numel()) for name, slot in self._slots.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._slot(name).current_mask()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} weights, {self.alive:,} of {self.total:,} alive, density {self.density:.4f})"
+
+    def weight(self, name: str) -> nn.Parameter:
+        """The parameter that the mask of this name belongs to (`weight_orig` where torch.nn.utils.prune is at work)."""
+        return self._slot(name).parameter()
+
+    def module(self, name: str) -> nn.Module:
+        """The layer that owns the weight of this name."""
+        return self._slot(name).module()
+
+    def prune(
+        self,
+        scores: Mapping[str, Tensor],
+        amount: float | None = None,
+        *,
+        count: int | None = None,
+        scope: Scope = "global",
+        group: int = 4,
+    ) -> int:
+        """Removes the alive weights with the lowest scores, and zeroes them at once.
+
+        Exactly round(amount × alive) go, or `count`. Within a layer, row or group that exact total is apportioned by
+        largest remainder; ties are broken by position.
+
+        Args:
+            scores: for each name of `names` a floating tensor of the weight's shape, higher = keep; may be computed
+                lazily (any mapping). `inf` is kept as long as possible.
+            amount: share of what is alive, in (0, 1).
+            count: how many, instead of `amount`.
+            scope: what is compared with each other: "global", within a "layer", within an output "row", or within a
+                "group" of `group` neighbours along the input axis (as in N:M sparsity).
+            group: the size of a group; every input axis must be a multiple of it.
+
+        Returns:
+            How many weights went. A layer left empty is warned about by name.
+
+        Raises:
+            ValueError: amount outside (0, 1), a missing, unknown or wrongly shaped score, NaN among the scores, a floor
+                that leaves too few.
+        """
+        alive = self.layer_alive()
+        k = _how_many(sum(alive.values()), amount, count)
+        self._check_scores(scores)
+        eligible = {name: slot.current_mask() for name, slot in self._slots.items()}
+        if self.floor:
+            eligible = self._above_floor(scores, eligible, alive, k)
+        return self.remove(_choose(scores, eligible, k, scope, group))
+
+    def remove(self, dead: Mapping[str, Tensor]) -> int:
+        """Removes the weights that are True in `dead` (bool tensors by name) and zeroes them; returns how many went.
+
+        Example:
+            >>> masks = Masks(nn.Linear(2, 1))
+            >>> masks.remove({"weight": torch.tensor([[True, False]])})
+            1
+        """
+        gone = 0
+        emptied = []
+        for name, where in dead.items():
+            slot = self._slot(name)
+            mask = slot.current_mask()
+            if where.shape != mask.shape:
+                raise ValueError(f"{name}: expected shape {list(mask.shape)}, got {list(where.shape)}")
+            before = int(torch.count_nonzero(mask))
+            mask.logical_and_(where.to(mask.device).logical_not())
+            after = int(torch.count_nonzero(mask))
+            if after != before:
+                gone += before - after
+                slot.apply()
+                if after == 0:
+                    emptied.append(name)
+        if emptied:
+            warnings.warn(f"pruning left no weight in {', '.join(emptied)}", stacklevel=3)
+        return gone
+
+    @torch.no_grad()
+    def apply_(self) -> Masks:
+        """Zeroes the dead weights again, after something overwrote them (a rewind, a loaded checkpoint)."""
+        for slot in self._slots.values():
+            slot.apply()
+        return self
+
+    def bind(self, optimizer: Optimizer, mask_gradients: bool = False) -> Handle:
+        """From now on no step of `optimizer` revives a weight, also after later `prune()` calls.
+
+        After each step one fused multiply zeroes the dead weights and their entries in the optimizer's state (momentum,
+        moments), so that the state of a weight is as dead as the weight.
+
+        Args:
+            optimizer: any `torch.optim` optimizer, or one that derives from its base.
+            mask_gradients: also zero the dead weights' gradients as soon as they are accumulated, so that gradient
+                clipping and gradient norms see the living weights only.
+
+        Returns:
+            A handle; `.remove()` lets go.
+
+        Raises:
+            ValueError: the optimizer holds none of the masked weights.
+
+        Example:
+            >>> layer = nn.Linear(2, 1)
+            >>> masks = Masks(layer)
+            >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+            >>> handle = masks.bind(optimizer)
+            >>> _ = masks.prune({"weight": torch.tensor([[1.0, 2.0]])}, amount=0.5)
+            >>> layer(torch.ones(1, 2)).sum().backward(); _ = optimizer.step()
+            >>> layer.weight[0, 0].item() == 0
+            True
+        """
+        held = _parameter_ids(optimizer)
+        if not any(id(slot.parameter()) in held for slot in self._slots.values()):
+            raise ValueError(
+                f"this {type(optimizer).__name__} holds none of the {len(self)} masked weights: "
+                "was it built for another model, or before the model was copied?"
+            )
+        slots = list(self._slots.values())
+        handles: list[Handle] = [optimizer.register_step_post_hook(lambda opt, args, kwargs: _enforce(slots, opt))]
+        if mask_gradients:
+            handles += [
+                slot.parameter().register_post_accumulate_grad_hook(_gradient_hook(slot))
+                for slot in slots
+                if id(slot.parameter()) in held
+            ]
+        return _Handles(handles)
+
+    def hold(self) -> Handle:
+        """Like `bind`, for every optimizer that ever steps these weights: PyTorch's global step hook.
+
+        The hook lives until its handle's `.remove()`, or until the model is gone.
+        """
+        slots = list(self._slots.values())  # hold their modules weakly, so the hook does not keep the model alive
+        handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: _enforce(slots, opt))
+        weakref.finalize(self.model, handle.remove)
+        return handle
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks as packed bits: safe to save with `torch.save` and to load with `weights_only=True`."""
+        bits = {}
+        for name, slot in self._slots.items():
+            packed = np.packbits(slot.current_mask().contiguous().cpu().numpy())
+            bits[name] = torch.from_numpy(packed.reshape(-1))
+        shapes = {name: list(slot.mask.shape) for name, slot in self._slots.items()}
+        return {"schema": _SCHEMA, "shapes": shapes, "bits": bits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over saved masks, and zeroes what they say is dead.
+
+        Raises:
+            ValueError: another schema, names or shapes than this model's; nothing is changed then.
+        """
+        if not isinstance(state, Mapping) or state.get("schema") != _SCHEMA:
+            raise ValueError(f"not a mask state of schema {_SCHEMA}")
+        bits = state.get("bits")
+        if not isinstance(bits, Mapping) or list(bits) != self.names:
+            found = list(bits) if isinstance(bits, Mapping) else []
+            odd = [n for n in found if n not in self._slots] + [n for n in self.names if n not in found]
+            raise ValueError(f"the mask state is of another model: {', '.join(map(str, odd[:5])) or 'another order'}")
+        new = {}
+        for name, slot in self._slots.items():
+            shape, size = list(slot.mask.shape), slot.mask.numel()
+            if list(state.get("shapes", {}).get(name, [])) != shape:
+                raise ValueError(f"{name}: the mask state has shape {state.get('shapes', {}).get(name)}, not {shape}")
+            packed = bits[name]
+            if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.numel() != (size + 7) // 8:
+                raise ValueError(f"{name}: damaged mask state")
+            values = np.unpackbits(packed.cpu().numpy().reshape(-1), count=size)
+            new[name] = torch.from_numpy(values.astype(bool)).view(shape)
+        for name, mask in new.items():
+            self[name].copy_(mask)
+        self.apply_()
+
+    def from_torch_prune_(self) -> int:
+        """Takes over what torch.nn.utils.prune's `weight_mask` buffers say is dead; returns how many went."""
+        dead = {}
+        for name, slot in self._slots.items():
+            buffer = slot.torch_prune_mask()
+            if buffer is not None:
+                dead[name] = buffer == 0
+        return self.remove(dead)
+
+    def _slot(self, name: str) -> _Slot:
+        try:
+            return self._slots[name]
+        except KeyError:
+            raise KeyError(f"no mask named {name!r}{close_names(name, self._slots)}") from None
+
+    def _check_scores(self, scores: Mapping[str, Tensor]) -> None:
+        given = set(scores)
+        for name in self._slots:
+            if name not in given:
+                raise ValueError(f"{name}: no score given")
+        for name in scores:
+            if name not in self._slots:
+                raise ValueError(f"a score for {name!r}, which has no mask{close_names(name, self._slots)}")
+
+    def _above_floor(
+        self, scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], alive: Mapping[str, int], k: int
+    ) -> dict[str, Tensor]:
+        room = {name: max(0, n - self.floor) for name, n in alive.items()}
+        if k > sum(room.values()):
+            raise ValueError(
+                f"cannot remove {k}: with at least {self.floor} kept in every layer {sum(room.values())} may go"
+            )
+        return {name: lowest({name: scores[name]}, {name: eligible[name]}, room[name])[name] for name in eligible}
+
+
+class _Slot:
+    """One weight: where it is, and its mask. The module is held weakly, so that a hook never keeps a model alive."""
+
+    def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
+        self.name = name
+        self.attribute = attribute
+        self._module = weakref.ref(module)
+        self.mask = torch.ones_like(self.parameter(), dtype=torch.bool, requires_grad=False)
+        self._multipliers: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int]] = {}
+
+    def module(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"{self.name}: the model of these masks no longer exists")
+        return module
+
+    def find(self) -> nn.Parameter | None:
+        module = self._module()
+        if module is None:
+            return None
+        parameters = module._parameters
+        parameter = parameters.get(self.attribute)
+        return parameter if parameter is not None else parameters.get(self.attribute + "_orig")
+
+    def parameter(self) -> nn.Parameter:
+        self.module()
+        parameter = self.find()
+        if parameter is None:
+            raise ValueError(f"{self.name} is not a parameter any more (replaced by a parametrization?)")
+        return parameter
+
+    def torch_prune_mask(self) -> Tensor | None:
+        return self.module()._buffers.get(self.attribute + "_mask")
+
+    def current_mask(self) -> Tensor:
+        """The mask, on the device where the weight is now."""
+        parameter = self.parameter()
+        if parameter.shape != self.mask.shape:
+            raise ValueError(
+                f"{self.name} has shape {list(parameter.shape)} now, its mask {list(self.mask.shape)}: "
+                "make new masks after changing a layer's shape"
+            )
+        if self.mask.device != parameter.device:
+            self.mask = self.mask.to(parameter.device)
+        return self.mask
+
+    def multiplier(self, like: Tensor) -> Tensor:
+        """The mask in dtype and strides of `like`; updated in place, so that a captured graph sees later prunings."""
+        mask = self.current_mask()
+        key = (like.dtype, like.device)
+        cached, version = self._multipliers.get(key, (None, -1))
+        if cached is None or cached.stride() != like.stride():
+            cached = torch.empty_like(like, requires_grad=False).copy_(mask)
+        elif version != mask._version:
+            cached.copy_(mask)
+        self._multipliers[key] = (cached, mask._version)
+        return cached
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        parameter, mask = self.parameter(), self.current_mask()
+        parameter.mul_(mask)
+        for cached, _ in self._multipliers.values():
+            cached.copy_(mask)
+        buffer = self.torch_prune_mask()
+        if buffer is not None:
+            buffer.mul_(mask)
+            setattr(self.module(), self.attribute, parameter * buffer)  # as prune's own pre-forward hook does
+
+
+class _Handles:
+    def __init__(self, handles: list[Handle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _enforce(slots: list[_Slot], optimizer: Optimizer) -> None:
+    held = _parameter_ids(optimizer)
+    tensors: list[Tensor] = []
+    multipliers: list[Tensor] = []
+    for slot in slots:
+        parameter = slot.find()
+        if parameter is None or id(parameter) not in held:
+            continue
+        tensors.append(parameter)
+        multipliers.append(slot.multiplier(parameter))
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                tensors.append(value)
+                multipliers.append(slot.multiplier(value))
+    if tensors:
+        torch._foreach_mul_(tensors, multipliers)
+
+
+def _gradient_hook(slot: _Slot) -> Callable[[Tensor], None]:
+    def zero_dead(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.mul_(slot.multiplier(parameter.grad))
+
+    return zero_dead
+
+
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _select(model: nn.Module, include: Filter | None, exclude: Filter | None) -> list[_Slot]:
+    candidates: dict[str, tuple[nn.Module, str]] = {}
+    others: dict[str, tuple[nn.Module, str]] = {}
+    seen: set[int] = set()
+    for prefix, module in named_modules(model):
+        prunable = _weight_attributes(module)
+        if prunable and "parametrizations" in module._modules:
+            warnings.warn(f"{prefix}: its weight is computed by a parametrization and is left out", stacklevel=3)
+        for attribute, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            plain = attribute.removesuffix("_orig") if attribute + "_mask" not in module._buffers else attribute
+            if f"{plain}_mask" not in module._buffers:
+                plain = attribute
+            name = f"{prefix}.{plain}" if prefix else plain
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                if plain in prunable:
+                    raise ValueError(f"{name} is not initialised yet: run the model once on example data first")
+                continue
+            (candidates if plain in prunable else others)[name] = (module, plain)
+    names = list(candidates)
+    if include is not None:
+        chosen = _match(candidates, include, "include", extra=others)
+        names = [name for name in [*candidates, *others] if name in chosen]
+    if exclude is not None:
+        left_out = _match(candidates, exclude, "exclude", extra=others)
+        names = [name for name in names if name not in left_out]
+    everything = {**candidates, **others}
+    return [_Slot(name, *everything[name]) for name in names]
+
+
+def _weight_attributes(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, (_ConvNd, nn.Linear, nn.Bilinear)):
+        return ("weight",)
+    return _ATTENTION if isinstance(module, nn.MultiheadAttention) else ()
+
+
+def _match(
+    candidates: Mapping[str, tuple[nn.Module, str]],
+    wanted: Filter,
+    what: str,
+    extra: Mapping[str, tuple[nn.Module, str]],
+) -> set[str]:
+    if callable(wanted):
+        return {name for name, (module, _) in candidates.items() if wanted(name, module)}
+    matched: set[str] = set()
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        hits = {
+            name
+            for name in candidates
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
+        }
+        if not hits and pattern in extra:
+            hits = {pattern}
+        if not hits:
+            raise ValueError(f"{what}={pattern!r} matches no weight{close_names(pattern, [*candidates, *extra])}")
+        matched |= hits
+    return matched
+
+
+def _how_many(alive: int, amount: float | None, count: int | None) -> int:
+    if (amount is None) == (count is None):
+        raise ValueError("give either amount or count")
+    if count is not None:
+        if not 0 <= count <= alive:
+            raise ValueError(f"count must be between 0 and the {alive} weights that are alive, not {count}")
+        return count
+    return check_share(amount, "amount", alive)
+
+
+def check_share(share: Any, what: str, of: int) -> int:
+    """Validates a share in (0, 1) and returns round(share × of).
+
+    >>> check_share(0.2, "amount", 11)
+    2
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float, np.floating, np.integer)) or not 0 < share < 1:
+        raise ValueError(f"{what} is a share of what is alive, in (0, 1), not {share!r}")
+    return round(float(share) * of)
+
+
+def _choose(
+    scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int, scope: str, group: int
+) -> dict[str, Tensor]:
+    if scope == "global":
+        return lowest(scores, eligible, k)
+    if scope == "layer":
+        shares = apportion(k, [int(torch.count_nonzero(mask)) for mask in eligible.values()])
+        return {
+            name: lowest({name: scores[name]}, {name: mask}, int(share))[name]
+            for (name, mask), share in zip(eligible.items(), shares, strict=True)
+        }
+    if scope not in ("row", "group"):
+        raise ValueError(
+            f"scope must be one of {', '.join(get_args(Scope))}, not {scope!r}{close_names(scope, get_args(Scope))}"
+        )
+    tables = {name: _table(mask, name, scope, group) for name, mask in eligible.items()}
+    sizes = [table.sum(1).cpu().numpy() for table in tables.values()]
+    shares = apportion(k, np.concatenate(sizes))
+    dead, at = {}, 0
+    for name, table in tables.items():
+        quotas = torch.from_numpy(shares[at : at + len(table)]).to(table.device)
+        at += len(table)
+        try:
+            rows = lowest_per_row(_table(scores[name].detach(), name, scope, group), table, quotas)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        dead[name] = _untable(rows, eligible[name].shape, scope)
+    return dead
+
+
+def _table(values: Tensor, name: str, scope: str, group: int) -> Tensor:
+    """[rows, columns]: an output row each, or a group of neighbours along the input axis (axis 1) each."""
+    if scope == "row":
+        return values.reshape(len(values), -1) if len(values) else values.reshape(0, 1)
+    if group < 1 or values.dim() < 2 or values.shape[1] % group:
+        raise ValueError(
+            f"{name}: its input axis of shape {list(values.shape)} is not a multiple of the group of {group}"
+        )
+    return values.movedim(1, -1).reshape(-1, group)
+
+
+def _untable(rows: Tensor, shape: torch.Size, scope: str) -> Tensor:
+    if scope == "row":
+        return rows.view(shape)
+    return rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
