@@ -34,7 +34,7 @@ class ImageData:
 
     `mean` and `std`, one a channel, are those of the training part, in the units of the stored bytes (0…255; the
     digits' are 0…16). `augment` names what training may do to an image ("none" or "crop-flip"); `val` and `test` are
-    never augmented.
+    never augmented. `val` is empty when nothing is held out.
     """
 
     name: str
@@ -48,10 +48,12 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
+        """How many classes there are."""
         return len(self.classes)
 
     @property
     def in_channels(self) -> int:
+        """1 for grey images, 3 for colour."""
         return int(self.train.images.shape[1])
 
     @property
@@ -89,59 +91,56 @@ def stratified_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     counts = np.bincount(labels)
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     place = (rank + 0.5) / np.repeat(counts, counts)
-    # Ties between classes of equal size are broken by the shuffle, or low classes would always come first.
+    # Classes of one size tie at every rank: the shuffle decides, or low classes would always come first.
     return by_class[np.lexsort((np.argsort(shuffled)[by_class], place))]
 
 
-def hold_out(name: str, total: int, val: int | float) -> int:
-    """How many of `total` training images are held out: `val` images (int), or that share of them (float)."""
-    count = round(val * total) if isinstance(val, float) else val
-    if isinstance(val, bool) or not 0 <= count < total or (isinstance(val, float) and not 0 <= val < 1):
-        raise DataError(
-            f"{name}: val={val!r} cannot be held out of {total} training images: give a number of images from 0 to "
-            f"{total - 1}, or a share in [0, 1)"
-        )
-    return count
+def moments(images: np.ndarray) -> np.ndarray:
+    """Sum and sum of squares of each image's channels: uint8 [N, C, H, W] to int64 [N, C, 2], exact."""
+    wide = images.reshape(*images.shape[:2], -1).astype(np.uint32)
+    return np.stack([wide.sum(-1, dtype=np.int64), np.square(wide).sum(-1, dtype=np.int64)], axis=-1)
 
 
-def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of uint8 images [N, C, H, W], one a channel, exact: counted, not accumulated.
+def statistics(moments: np.ndarray, pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel from `moments` [N, C, 2] of images of `pixels` = H · W each.
 
     A channel without variance gets the deviation 1, so that it can be divided by.
     """
-    values = torch.arange(256, dtype=torch.float64)
-    means, stds = [], []
-    for channel in images.unbind(1):
-        counts = torch.zeros(256, dtype=torch.int64)
-        for part in channel.split(4096):  # bounds the extra memory of bincount, which widens to int64
-            counts += torch.bincount(part.reshape(-1), minlength=256)
-        share = counts.double() / counts.sum()
-        mean = (share * values).sum()
-        std = (share * (values - mean) ** 2).sum().sqrt()
-        means.append(float(mean))
-        stds.append(float(std) or 1.0)
-    return tuple(means), tuple(stds)
+    count = len(moments) * pixels
+    first, second = (int_sum.tolist() for int_sum in moments.sum(0).T)
+    means = tuple(a / count for a in first)
+    # In whole numbers until the division: the difference of two large floats would lose digits.
+    variances = ((b * count - a * a) / count**2 for a, b in zip(first, second, strict=True))
+    return means, tuple(variance**0.5 or 1.0 for variance in variances)
 
 
-def assemble(
-    name: str,
-    train: ImageSet,
-    test: ImageSet,
-    classes: tuple[str, ...],
-    val: int | float,
-    augment: str,
-) -> ImageData:
-    """Holds the first images of `train`, which is in `stratified_order`, out for validation. Nothing is copied."""
-    held = hold_out(name, len(train), val)
-    kept = ImageSet(train.images[held:], train.labels[held:])
-    mean, std = statistics(kept.images)
-    return ImageData(
-        name=name,
-        train=kept,
-        val=ImageSet(train.images[:held], train.labels[:held]),
-        test=test,
-        classes=classes,
-        mean=mean,
-        std=std,
-        augment=augment,
-    )
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A data set before a validation set is held out: training images in `stratified_order`, with their `moments`."""
+
+    classes: tuple[str, ...]
+    train: ImageSet
+    moments: np.ndarray
+    test: ImageSet
+
+    def split(self, name: str, val: int | float, augment: str) -> ImageData:
+        """Holds the first training images out: `val` of them (int), or that share (float). Nothing is copied."""
+        total = len(self.train)
+        held = round(val * total) if isinstance(val, float) else val
+        if isinstance(val, bool) or not 0 <= val < (1 if isinstance(val, float) else total) or held >= total:
+            raise DataError(
+                f"{name}: val={val!r} cannot be held out of {total} training images: give a number of images from 0 "
+                f"to {total - 1}, or a share in [0, 1)"
+            )
+        images, labels = self.train.images, self.train.labels
+        mean, std = statistics(self.moments[held:], images.shape[-1] * images.shape[-2])
+        return ImageData(
+            name=name,
+            train=ImageSet(images[held:], labels[held:]),
+            val=ImageSet(images[:held], labels[:held]),
+            test=self.test,
+            classes=self.classes,
+            mean=mean,
+            std=std,
+            augment=augment,
+        )
