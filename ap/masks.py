@@ -58,7 +58,7 @@ class Masks:
         >>> masks.prune({"0.weight": torch.arange(8.0).view(2, 4), "2.weight": torch.ones(1, 2)}, amount=0.2)
         2
         >>> masks["0.weight"]
-        tensor([[False,  True,  True,  True],
+        tensor([[False, False,  True,  True],
                 [ True,  True,  True,  True]])
         >>> masks.alive, masks.density
         (8, 0.8)

@@ -1,0 +1,286 @@
+"""Which weights AP removes: the paper's criterion and its controls, one small function each.
+
+A criterion gets one `Layer` and returns scores of the weight's shape: the lowest go first, and `inf` marks what may not
+be chosen at all. All criteria remove the same number at the same point, so that "does AP help, and why?" has an answer.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ap.names import unknown
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a criterion may look at, for one weight.
+
+    Attributes:
+        name: the weight's name.
+        weight: its values now, at the end of training.
+        start: its values where this training started.
+        decay: what weight decay alone would have left of a weight that got no gradient, as a factor.
+        seed: for criteria that draw.
+        statistics: of its inputs and the units it feeds, for criteria that need data.
+    """
+
+    name: str
+    weight: Tensor
+    start: Tensor
+    decay: float = 1.0
+    seed: int = 0
+    statistics: LayerStatistics | None = None
+
+    @property
+    def movement(self) -> Tensor:
+        """|w_end − w_start|."""
+        return (self.weight - self.start).abs_()
+
+    @property
+    def random(self) -> Tensor:
+        """Uniform draws that depend on the seed and the layer's name only."""
+        generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(self.name.encode()))
+        return torch.rand(self.weight.shape, generator=generator).to(self.weight.device)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Measured on data: E[x_j] and E[x_j²] of the inputs, [columns], and the dead rate of the fed channels, [rows]."""
+
+    mean: Tensor
+    square: Tensor
+    dead: Tensor
+    groups: int = 1
+
+
+Criterion = Callable[[Layer], Tensor]
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def register(name: str) -> Callable[[Criterion], Criterion]:
+    """Makes a function `(Layer) -> scores` available under a name.
+
+    Example:
+        >>> @register("largest-positive")
+        ... def largest_positive(layer):
+        ...     return torch.where(layer.weight > 0, -layer.weight, torch.inf)
+        >>> "largest-positive" in names()
+        True
+        >>> del _CRITERIA["largest-positive"]
+    """
+
+    def add(criterion: Criterion) -> Criterion:
+        _CRITERIA[name] = criterion
+        return criterion
+
+    return add
+
+
+def names() -> list[str]:
+    """The registered criteria, and `pruner`, the pruner's own next choices, which the cycles provide."""
+    return [*_CRITERIA, "pruner"]
+
+
+def get(name: str | Criterion) -> Criterion:
+    """The criterion of this name; a function is passed through.
+
+    Raises:
+        ValueError: an unknown name; the close ones are listed.
+    """
+    if callable(name):
+        return name
+    if name not in _CRITERIA:
+        raise unknown("criterion", name, names())
+    return _CRITERIA[name]
+
+
+def _negative(layer: Layer, scores: Tensor) -> Tensor:
+    return torch.where(layer.weight < 0, scores, torch.inf)
+
+
+@register("least-moved-negative")
+def least_moved_negative(layer: Layer) -> Tensor:
+    """AP (Liu, Ghosh, Motani 2023): negative weights that training moved least.
+
+    >>> least_moved_negative(Layer("w", torch.tensor([-1.0, 2.0, -3.0]), torch.tensor([-1.5, 0.0, -3.0])))
+    tensor([0.5000,    inf, 0.0000])
+    """
+    return _negative(layer, layer.movement)
+
+
+@register("decay-corrected")
+def decay_corrected(layer: Layer) -> Tensor:
+    """AP's criterion with the known effect of weight decay taken out of the movement (ours)."""
+    return _negative(layer, (layer.weight - layer.decay * layer.start).abs_())
+
+
+@register("most-waking")
+def most_waking(layer: Layer) -> Tensor:
+    """Most expected lift of dead units for the least disturbance of the output, measured on data (ours).
+
+    Removes the negative weights with the largest (E[x_j] · d_i) / (|w_ij| · E[x_j²]), d_i the dead rate of the channel.
+    """
+    statistics = layer.statistics
+    if statistics is None:
+        raise ValueError("most-waking measures its inputs: give AP batches of (inputs, targets)")
+    rows, columns = layer.weight.shape[:2]
+    trailing = (1,) * (layer.weight.dim() - 2)
+    ratio = torch.where(statistics.square > 0, statistics.mean / statistics.square, 0.0)
+    # A grouped convolution's rows see only their own group's inputs.
+    ratio = ratio.view(statistics.groups, columns).repeat_interleave(rows // statistics.groups, dim=0)
+    lift = (ratio * statistics.dead[:, None]).view(rows, columns, *trailing)
+    return _negative(layer, -lift.to(layer.weight.dtype) / layer.weight.abs())
+
+
+@register("least-moved")
+def least_moved(layer: Layer) -> Tensor:
+    """Control: moved least, of any sign."""
+    return layer.movement
+
+
+@register("least-moved-positive")
+def least_moved_positive(layer: Layer) -> Tensor:
+    """Control: positive weights that moved least."""
+    return torch.where(layer.weight > 0, layer.movement, torch.inf)
+
+
+@register("most-moved-negative")
+def most_moved_negative(layer: Layer) -> Tensor:
+    """Control: negative weights that moved most."""
+    return _negative(layer, -layer.movement)
+
+
+@register("smallest-negative")
+def smallest_negative(layer: Layer) -> Tensor:
+    """Control: the negative weights of least magnitude."""
+    return _negative(layer, layer.weight.abs())
+
+
+@register("random-negative")
+def random_negative(layer: Layer) -> Tensor:
+    """Control: negative weights drawn at random."""
+    return _negative(layer, layer.random)
+
+
+@register("random")
+def random(layer: Layer) -> Tensor:
+    """Control: weights of any sign drawn at random."""
+    return layer.random
+
+
+class DecayTracker:
+    """What weight decay alone makes of a weight that gets no gradient, as a factor, step by step.
+
+    Exact for SGD (with momentum, dampening, Nesterov), where the decay enters the gradient and so the momentum, and for
+    decoupled decay (AdamW, NAdam and RAdam with `decoupled_weight_decay`). Where decay passes through an adaptive
+    denominator (Adam, RMSprop with `weight_decay`) there is no such factor: that is refused.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1)); weight.grad = torch.zeros(1)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+        >>> tracker = DecayTracker()
+        >>> for _ in range(5):
+        ...     _ = optimizer.step(); tracker.step(optimizer)
+        >>> abs(tracker.factor(weight) - weight.item()) < 1e-6
+        True
+    """
+
+    def __init__(self) -> None:
+        self._factors: dict[int, tuple[float, float | None]] = {}  # parameter: factor, momentum in units of w_start
+
+    def factor(self, parameter: Tensor) -> float:
+        """w_now / w_start of a weight of this parameter that got no gradient."""
+        return self._factors.get(id(parameter), (1.0, None))[0]
+
+    def set_factor(self, parameter: Tensor, factor: float, momentum: float | None) -> None:
+        """Continues from a saved state."""
+        self._factors[id(parameter)] = (factor, momentum)
+
+    def state(self, parameter: Tensor) -> tuple[float, float | None]:
+        """What `set_factor` takes."""
+        return self._factors.get(id(parameter), (1.0, None))
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """To be called after each step of the optimizer."""
+        for group in optimizer.param_groups:
+            decay, rate = float(group.get("weight_decay", 0.0)), float(group["lr"])
+            if not decay:
+                continue
+            decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+            if not decoupled and not isinstance(optimizer, torch.optim.SGD):
+                raise ValueError(
+                    f"decay-corrected cannot tell weight decay from learning in {type(optimizer).__name__}, whose "
+                    "decay passes through an adaptive denominator: use SGD or AdamW, or no weight decay"
+                )
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                factor, momentum = self.state(parameter)
+                if decoupled:
+                    self._factors[id(parameter)] = (factor * (1 - rate * decay), None)
+                    continue
+                gradient = decay * factor
+                if group["momentum"]:
+                    fresh = momentum is None
+                    momentum = gradient if fresh else group["momentum"] * momentum + (1 - group["dampening"]) * gradient
+                    gradient = gradient + group["momentum"] * momentum if group["nesterov"] else momentum
+                self._factors[id(parameter)] = (factor - rate * gradient, momentum)
+
+
+@torch.no_grad()
+def layer_statistics(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    activations: Mapping[str, str | None],
+    batches: Iterable[object],
+) -> dict[str, LayerStatistics]:
+    """Measures what `most-waking` needs, in evaluation mode.
+
+    Args:
+        model: the model to run.
+        layers: convolutions and linear layers by name.
+        activations: for each, the name of the activation that its output feeds (as in the DNR report), or None.
+        batches: tensors or (inputs, targets) pairs.
+    """
+    from ap.dnr import measure_dnr
+
+    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    hooks = []
+    for name, module in layers.items():
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            x = inputs[0].detach()
+            axes = [0, *range(2, x.dim())] if isinstance(module, nn.modules.conv._ConvNd) else list(range(x.dim() - 1))
+            mean, square, count = sums.get(name, (0.0, 0.0, 0))
+            count += math.prod(x.shape[axis] for axis in axes)
+            sums[name] = (mean + x.sum(axes, dtype=torch.float32), square + x.float().square().sum(axes), count)
+
+        hooks.append(module.register_forward_pre_hook(add))
+    try:
+        report = measure_dnr(model, batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    statistics = {}
+    for name, module in layers.items():
+        if name not in sums:
+            raise ValueError(f"{name} saw no input in the batches given")
+        mean, square, count = sums[name]
+        rows = int(module.get_parameter("weight").shape[0])
+        activation = activations.get(name)
+        layer = report.layers.get(activation) if activation else None
+        dead = torch.zeros(rows)
+        if layer is not None and layer.can_die:
+            rates = layer.dead_rate_per_channel()
+            if rates.numel() == rows:  # otherwise something between them mixes channels: no row can be told apart
+                dead = rates
+        statistics[name] = LayerStatistics(
+            mean / count, square / count, dead.to(mean), int(getattr(module, "groups", 1))
+        )
+    return statistics
