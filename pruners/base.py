@@ -71,15 +71,17 @@ class Pruner:
         Raises:
             ValueError: an amount outside (0, 1), missing data, scores that carry no information.
         """
-        self.require_data(batches, loss_fn)
+        if self.needs_data:
+            self.require_data(batches, loss_fn)
         scores = checked(self.scores(model, masks, batches=batches, loss_fn=loss_fn), masks, self.name)
         return masks.prune(scores, amount=amount, scope=self.scope)
 
-    def require_data(self, batches: Batches | None, loss_fn: LossFn | None) -> None:
-        """Raises ValueError where data is needed and not given."""
-        if self.needs_data and (batches is None or loss_fn is None):
+    def require_data(self, batches: Batches | None, loss_fn: LossFn | None) -> tuple[Batches, LossFn]:
+        """Both, or a ValueError that says what is missing."""
+        if batches is None or loss_fn is None:
             missing = " and ".join(n for n, v in (("batches=", batches), ("loss_fn=", loss_fn)) if v is None)
             raise ValueError(f"the pruner {self.name!r} scores weights by data: give it {missing}")
+        return batches, loss_fn
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, scope={self.scope!r}, needs_data={self.needs_data})"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ap.masks import Masks
-from pruners.base import Batches, LossFn, Pruner, summed_gradients, register
+from pruners.base import Batches, LossFn, Pruner, register, summed_gradients
 
 
 @register("gradient")
@@ -21,10 +21,7 @@ class Gradient(Pruner):
         self, model: nn.Module, masks: Masks, batches: Batches | None = None, loss_fn: LossFn | None = None
     ) -> Mapping[str, Tensor]:
         """|w · ∂L/∂w|, in evaluation mode."""
-        self.require_data(batches, loss_fn)
-        assert batches is not None
-        assert loss_fn is not None
-        gradients = summed_gradients(model, masks, batches, loss_fn)
+        gradients = summed_gradients(model, masks, *self.require_data(batches, loss_fn))
         return {name: (masks.weight(name).detach() * gradient).abs_() for name, gradient in gradients.items()}
 
 
