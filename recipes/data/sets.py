@@ -126,8 +126,10 @@ class Whole:
     def split(self, name: str, val: int | float, augment: str) -> ImageData:
         """Holds the first training images out: `val` of them (int), or that share (float). Nothing is copied."""
         total = len(self.train)
-        held = round(val * total) if isinstance(val, float) else val
-        if isinstance(val, bool) or not 0 <= val < (1 if isinstance(val, float) else total) or held >= total:
+        share = isinstance(val, float)
+        allowed = not isinstance(val, bool) and 0 <= val < (1 if share else total)  # NaN is not
+        held = round(val * total if share else val) if allowed else total
+        if held >= total:
             raise DataError(
                 f"{name}: val={val!r} cannot be held out of {total} training images: give a number of images from 0 "
                 f"to {total - 1}, or a share in [0, 1)"
