@@ -45,7 +45,7 @@ class Layer:
     @property
     def random(self) -> Tensor:
         """Uniform draws that depend on the seed and the layer's name only."""
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(self.name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"criterion:{self.seed}:{self.name}".encode()))
         return torch.rand(self.weight.shape, generator=generator).to(self.weight.device)
 
 

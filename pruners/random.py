@@ -30,7 +30,7 @@ class Random(Pruner):
         """Uniform in [0, 1)."""
 
         def draw(name: str) -> Tensor:
-            generator = torch.Generator().manual_seed((self.seed + 1 << 32) ^ zlib.crc32(f"pruner:{name}".encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"pruner:{self.seed}:{name}".encode()))
             return torch.rand(masks[name].shape, generator=generator).to(masks[name].device)
 
         return LazyScores(masks.names, draw)
