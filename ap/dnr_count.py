@@ -1,0 +1,154 @@
+"""Counting, exactly and cheaply, for how many inputs each unit was alive.  [ours]
+
+One integer per unit is all that is kept; everything in a report derives from it, and it adds up across batches, windows
+and ranks. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ap.activations.ranges import DeadRange
+
+_LANE = 255  # the most that one byte of a sum can hold
+_INT32_MAX = 2**31 - 1
+
+
+def count_over_batch(mask: Tensor) -> Tensor:
+    """Sums a bool tensor [N, ...] over its batch axis: integers [...], uint8 where N ≤ 255, else int32.
+
+    The bytes of the mask are added eight at a time as int64: no byte can carry into its neighbour within 255 rows.
+    That reads one byte an element, where a sum of bools converts each to an integer first.
+    """
+    batch, unit_shape = mask.shape[0], mask.shape[1:]
+    units = unit_shape.numel()
+    lane = next((dtype for size, dtype in ((8, torch.int64), (4, torch.int32)) if units and units % size == 0), None)
+    if lane is None or batch == 0:
+        return mask.sum(0, dtype=torch.int32)
+    # Dense in either layout: the batch axis is outermost, so that [N, units] is the memory as it lies.
+    channels_last = mask.dim() == 4 and not mask.is_contiguous()
+    channels_last = channels_last and mask.is_contiguous(memory_format=torch.channels_last)
+    if channels_last:
+        mask, unit_shape = mask.permute(0, 2, 3, 1), torch.Size([mask.shape[2], mask.shape[3], mask.shape[1]])
+    rows = mask.contiguous().view(batch, units).view(lane)
+    total: Tensor | None = None
+    for start in range(0, batch, _LANE):
+        part = rows[start : start + _LANE].sum(0, dtype=lane).view(torch.uint8)
+        total = part if batch <= _LANE else (part.to(torch.int32) if total is None else total.add_(part))
+    assert total is not None
+    total = total.view(unit_shape)
+    return total.permute(2, 0, 1) if channels_last else total
+
+
+def dead_mask(values: Tensor, interval: DeadRange, channel_axis: int) -> Tensor:
+    """Which pre-activations [N, ...] lie in the closed interval. NaN lies in none."""
+    low, high = (_along(end, values, channel_axis) for end in interval)
+    bounded = isinstance(low, Tensor) or low != -float("inf")
+    if values.device.type == "cpu" and values.is_floating_point() and not bounded and not isinstance(high, Tensor):
+        # On a CPU, comparing into floats and converting those is twice as fast as comparing into bools.
+        return torch.le(values, high, out=torch.empty_like(values)).to(torch.bool)
+    mask = values <= high
+    return mask.logical_and_(values >= low) if bounded else mask
+
+
+def _along(end: float | Tensor, values: Tensor, axis: int) -> float | Tensor:
+    if not isinstance(end, Tensor):
+        return end
+    if end.numel() == 1:
+        return end.reshape(())
+    return end.to(values.device).reshape([-1 if i == axis % values.dim() else 1 for i in range(values.dim())])
+
+
+class Counts:
+    """For how many inputs each unit of one layer was alive.
+
+    Attributes:
+        alive: integers in the unit's shape; `inputs` minus this is how often a unit was dead.
+        inputs: for how many inputs each unit was counted: the samples, times the positions where units are channels.
+        samples: how many samples were seen (the sum of the batch sizes).
+        axes: the axes of the value without its batch axis that `alive` has: all, until their sizes change.
+    """
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be updated outside of it
+            self.alive = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.inputs = 0
+        self.samples = 0
+        self.axes = tuple(range(len(shape)))
+        self._shape = tuple(shape)  # the sizes of all axes before any was summed
+
+    def clone(self) -> Counts:
+        copy = Counts(torch.Size(()), self.alive.device)
+        copy.alive, copy.inputs, copy.samples = self.alive.clone(), self.inputs, self.samples
+        copy.axes, copy._shape = self.axes, self._shape
+        return copy
+
+    @property
+    def unit(self) -> str:
+        """What a unit is: "element" of the output, or "channel" where the number of positions changed."""
+        return "element" if len(self.axes) == len(self._shape) else "channel"
+
+    def add_batch(self, count: Tensor, batch: int, counted_dead: bool = False) -> None:
+        """Adds one batch's counts: `count` inputs of `batch`, in the batch's unit shape, for which a unit was alive.
+
+        With `counted_dead`, for which it was dead.
+        """
+        positions = 1
+        if tuple(count.shape) != self._shape:
+            self._reduce(_kept(self._shape, tuple(count.shape), self.axes))
+        if self.unit == "channel":
+            positions = count.numel() // max(1, self.alive.numel())
+            count = _sum_to(count.to(torch.int64), self.axes)
+        self._make_room(batch * positions)
+        if counted_dead:
+            self.alive.add_(batch * positions).sub_(count)
+        else:
+            self.alive.add_(count)
+        self.inputs += batch * positions
+        self.samples += batch
+
+    def merge(self, other: Counts) -> None:
+        """Adds other counts of the same layer: of another window, or another rank."""
+        if other.samples == 0:
+            return
+        other = other.clone()
+        axes = self.axes if self._shape == other._shape else _kept(self._shape, other._shape, self.axes)
+        axes = tuple(axis for axis in axes if axis in other.axes)
+        self._reduce(axes)
+        other._reduce(axes)
+        self._make_room(other.inputs)
+        self.alive.add_(other.alive.to(self.alive.device))
+        self.inputs += other.inputs
+        self.samples += other.samples
+
+    def _reduce(self, axes: tuple[int, ...]) -> None:
+        """Sums over all but these axes: what was summed over becomes inputs."""
+        if axes == self.axes:
+            return
+        before = self.alive.numel()
+        self.alive = _sum_to(self.alive.to(torch.int64), tuple(self.axes.index(axis) for axis in axes))
+        self.inputs *= before // max(1, self.alive.numel())
+        self.axes = axes
+
+    def _make_room(self, more: int) -> None:
+        if self.alive.dtype == torch.int32 and self.inputs + more > _INT32_MAX:
+            self.alive = self.alive.to(torch.int64)
+
+
+def _sum_to(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    others = [axis for axis in range(values.dim()) if axis not in axes]
+    return values.sum(others) if others else values
+
+
+def _kept(first: tuple[int, ...], second: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Which axes still tell units apart when a value's shape changes: the channels'.
+
+    Of [C, H, W] the first if its size stayed the same, else the last; of [T, F] the one whose size stayed the same.
+    """
+    if len(first) != len(second):
+        return ()
+    same = [axis for axis in axes if first[axis] == second[axis]]
+    if len(first) > 2:
+        same = [axis for axis in same if axis in (0, len(first) - 1)][:1]
+    return tuple(same)
