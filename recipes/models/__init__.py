@@ -1,6 +1,9 @@
 """Models, each with any activation."""
 
-from recipes.models import resnet, small  # noqa: F401  (they register their models)
-from recipes.models.registry import Request, create, names, register
+# Importing a file registers its models.
+from recipes.models import densenet, mobilenet, published, resnet, small, vgg, vit  # noqa: F401
+from recipes.models.factories import load_factory
+from recipes.models.registry import Request, create, default_activation, names, register
+from recipes.models.weights import load_weights
 
-__all__ = ["Request", "create", "names", "register"]
+__all__ = ["Request", "create", "default_activation", "load_factory", "load_weights", "names", "register"]

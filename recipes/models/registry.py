@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,24 +12,33 @@ from typing import Any
 from torch import nn
 
 import ap.activations
-
-Activation = Callable[[], nn.Module]
-"""Makes one activation module: called once a call site, so that each has its own name in reports."""
+from recipes.models.factories import call_factory, load_factory
+from recipes.models.weights import load_weights
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a model is built for: the data's classes, channels and size in pixels, the activation, and the width."""
+    """What a model is built for."""
 
     num_classes: int
     in_channels: int
     image_size: int
-    activation: Activation
+    activation_name: str
+    activation_params: Mapping[str, Any]
     width: float = 1.0
 
+    def activation(self) -> nn.Module:
+        """A new activation module: one for each call site, so that each has its own name and parameters."""
+        return ap.activations.create(self.activation_name, **self.activation_params)
+
     def channels(self, published: int) -> int:
-        """The published number of channels or units, times the width."""
+        """The published number of channels or units, times the width; at least one."""
         return max(1, round(published * self.width))
+
+    def at_least(self, pixels: int, why: str) -> None:
+        """Raises ValueError for images smaller than `pixels`, which `why` needs."""
+        if self.image_size < pixels:
+            raise ValueError(f"image_size must be at least {pixels} for {why}, not {self.image_size}")
 
 
 Build = Callable[..., nn.Module]
@@ -35,15 +46,32 @@ Build = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Entry:
+    """How to build a model, and the activation that it was published with."""
+
     build: Build
     activation: str
+
+    def options(self) -> list[str]:
+        """What `build` takes besides the request."""
+        _request, *rest = inspect.signature(self.build).parameters.values()
+        fixed = getattr(self.build, "keywords", {})
+        return [parameter.name for parameter in rest if parameter.name not in fixed]
 
 
 _entries: dict[str, Entry] = {}
 
 
 def register(name: str, *, activation: str = "relu") -> Callable[[Build], Build]:
-    """Decorates `build(request, **options) -> nn.Module`; `activation` is the one the model was published with."""
+    """Decorates `build(request, **options) -> nn.Module`; `activation` is the one used unless another is asked for.
+
+    >>> from recipes.models import create, names
+    >>> @register("perceptron")
+    ... def perceptron(request):
+    ...     return nn.Sequential(nn.Flatten(), nn.Linear(request.in_channels * request.image_size**2, 10))
+    >>> "perceptron" in names(), type(create("perceptron")[1]).__name__
+    (True, 'Linear')
+    >>> _ = _entries.pop("perceptron")
+    """
 
     def add(build: Build) -> Build:
         if name in _entries:
@@ -55,8 +83,17 @@ def register(name: str, *, activation: str = "relu") -> Callable[[Build], Build]
 
 
 def names() -> list[str]:
-    """The models that `create` knows."""
+    """The models that `create` knows, in alphabetical order.
+
+    >>> "resnet20" in names() and "vgg16-bn" in names()
+    True
+    """
     return sorted(_entries)
+
+
+def default_activation(name: str) -> str | None:
+    """The activation that the model `name` was published with; None for a factory, which chooses its own."""
+    return None if ":" in name else _entry(name).activation
 
 
 def create(
@@ -68,14 +105,54 @@ def create(
     *,
     activation_params: Mapping[str, Any] | None = None,
     width: float = 1.0,
+    weights: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The model `name` for images [N, in_channels, image_size, image_size] and `num_classes` classes."""
-    if name not in _entries:
-        close = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
-        raise ValueError(f"unknown model {name!r}: did you mean {', '.join(close)}?")
-    entry = _entries[name]
-    chosen = activation or entry.activation
+    """The model `name`, from [N, in_channels, image_size, image_size] to logits [N, num_classes].
+
+    `activation` is any name of `ap.activations.names()`, with `activation_params`; without one it is what the model
+    was published with (GELU in a vision transformer, ReLU6 in MobileNet-V2, ReLU elsewhere). `width` scales the
+    number of channels. New weights are drawn for that activation from torch's global generator. `weights` is a file
+    of weights to start from instead: safetensors, or a state dictionary that torch saved. `options` are the model's
+    own, such as `shortcut="B"` for the ResNets. `package.module:factory` calls a factory of one's own with those of
+    these arguments that it names.
+
+    Raises ValueError for an unknown name, with the close ones, and for what the model cannot be built for.
+
+    >>> model = create("resnet20", activation="relu")
+    >>> sum(p.numel() for p in model.parameters())
+    269722
+    """
+    for what, number in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: {what} must be a whole number of at least 1, not {number!r}")
+    if not 0 < width <= 64:
+        raise ValueError(f"{name}: width must be above 0 and at most 64, not {width!r}")
     params = dict(activation_params or {})
-    request = Request(num_classes, in_channels, image_size, lambda: ap.activations.create(chosen, **params), width)
-    return entry.build(request, **options)
+    if ":" in name:
+        given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+        model = call_factory(name, load_factory(name), {**given, "width": width, **options}, activation, params)
+    else:
+        entry = _entry(name)
+        unknown = sorted(set(options) - set(entry.options()))
+        if unknown:
+            known = ", ".join(entry.options()) or "none"
+            raise ValueError(f"{name} has no option {', '.join(unknown)}; its own options: {known}")
+        request = Request(num_classes, in_channels, image_size, activation or entry.activation, params, width)
+        request.activation()  # so that a wrong name or parameter is reported as such
+        try:
+            model = entry.build(request, **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _entry(name: str) -> Entry:
+    if name not in _entries:
+        close = difflib.get_close_matches(name, names(), n=3, cutoff=0.5) or names()
+        raise ValueError(
+            f"unknown model {name!r}: did you mean {', '.join(close)}? A model of your own is package.module:factory"
+        )
+    return _entries[name]
