@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ap.names import close_names, named_modules, refuse_wrappers
-from ap.ranking import apportion, lowest, lowest_per_row
+from ap.ranking import apportion, lowest, lowest_per_row, select_lowest
 
 Scope = Literal["global", "layer", "row", "group"]
 Filter = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -192,8 +192,10 @@ class Masks:
             eligible = self._above_floor(scores, eligible, alive, k)
         return self.remove(_choose(scores, eligible, k, scope, group))
 
-    def remove(self, dead: Mapping[str, Tensor]) -> int:
+    def remove(self, dead: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:
         """Removes the weights that are True in `dead` (bool tensors by name) and zeroes them; returns how many went.
+
+        A layer left empty is warned about by name.
 
         Example:
             >>> masks = Masks(nn.Linear(2, 1))
@@ -202,13 +204,13 @@ class Masks:
         """
         gone = 0
         emptied = []
-        for name, where in dead.items():
+        for name, where in dead.items() if isinstance(dead, Mapping) else dead:
             slot = self._slot(name)
             mask = slot.current_mask()
             if where.shape != mask.shape:
                 raise ValueError(f"{name}: expected shape {list(mask.shape)}, got {list(where.shape)}")
             before = int(torch.count_nonzero(mask))
-            mask.logical_and_(where.to(mask.device).logical_not())
+            mask.gt_(where.to(mask.device))  # mask and not where, without a temporary
             after = int(torch.count_nonzero(mask))
             if after != before:
                 gone += before - after
@@ -544,9 +546,9 @@ def check_share(share: Any, what: str, of: int) -> int:
 
 def _choose(
     scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int, scope: str, group: int
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
     if scope == "global":
-        return lowest(scores, eligible, k)
+        return select_lowest(scores, eligible, k)
     if scope == "layer":
         shares = apportion(k, [int(torch.count_nonzero(mask)) for mask in eligible.values()])
         return {

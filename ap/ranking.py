@@ -89,45 +89,63 @@ def lowest(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int)
     >>> lowest(s, {n: torch.ones(2, dtype=torch.bool) for n in s}, 1)
     {'a': tensor([False,  True]), 'b': tensor([False, False])}
     """
+    return dict(select_lowest(scores, eligible, k))
+
+
+def select_lowest(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Tensor]]:
+    """`lowest`, layer by layer: only one layer's selection is in memory. Errors come before the first one."""
     names = list(eligible)
     dtype = _check(scores, eligible)
     counts = {name: int(torch.count_nonzero(eligible[name])) for name in names}
     size = sum(counts.values())
     if not 0 <= k <= size:
         raise ValueError(f"cannot select {k} of {size} elements")
-    if k == 0:
-        return {name: torch.zeros_like(eligible[name]) for name in names}
-    if k == size:
-        return {name: eligible[name].clone() for name in names}
     # A mask with every element set is not worth reading again and again.
     masks = {name: None if counts[name] == eligible[name].numel() else eligible[name] for name in names}
+
+    def layer(name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for values, mask in _chunks(scores[name].detach(), masks[name]):
+            yield values.to(dtype), mask
 
     def chunks() -> Iterator[tuple[Tensor, Tensor | None]]:
         for name in names:
             if counts[name]:
-                for values, mask in _chunks(scores[name].detach(), masks[name]):
-                    yield values.to(dtype), mask
+                yield from layer(name)
 
-    threshold, ties = _kth_lowest(chunks, size, k, lambda: _first_nan(scores, eligible))
-    selected = {}
+    threshold, ties = -math.inf, 0
+    if k:
+        threshold, ties = _kth_lowest(chunks, size, k, lambda: _first_nan(scores, eligible))
+    return ((name, chosen) for name, chosen in _pick(names, layer, eligible, threshold, ties))
+
+
+def _pick(
+    names: Sequence[str],
+    layer: Callable[[str], Iterator[tuple[Tensor, Tensor | None]]],
+    eligible: Mapping[str, Tensor],
+    threshold: float,
+    ties: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """What lies below the threshold, and the first `ties` elements that equal it, in row-major order."""
     for name in names:
-        values = scores[name].detach().to(dtype)
-        chosen = torch.empty_like(eligible[name])
-        torch.lt(values, threshold, out=chosen)
-        if masks[name] is not None:
-            chosen &= eligible[name]
-        if ties:
-            equal = values == threshold
-            if masks[name] is not None:
-                equal &= eligible[name]
+        chosen = torch.zeros(eligible[name].shape, dtype=torch.bool, device=eligible[name].device)
+        flat, at = chosen.view(-1), 0
+        for values, mask in layer(name):
+            part = flat[at : at + values.numel()]
+            at += values.numel()
+            torch.lt(values, threshold, out=part)
+            equal = values == threshold if ties else None
+            if mask is not None:
+                part &= mask
+            if equal is None:
+                continue
+            if mask is not None:
+                equal &= mask
             here = int(torch.count_nonzero(equal))
             if here > ties:
-                positions = equal.reshape(-1).nonzero()[ties:, 0]  # in row-major order whatever the strides
-                equal = equal.reshape(-1).index_fill(0, positions, False).view(equal.shape)
-            chosen |= equal
+                equal[equal.nonzero()[ties:, 0]] = False
+            part |= equal
             ties -= min(here, ties)
-        selected[name] = chosen
-    return selected
+        yield name, chosen
 
 
 def lowest_per_row(scores: Tensor, eligible: Tensor, quotas: Tensor) -> Tensor:
@@ -277,10 +295,9 @@ def _count(
     first_nan: Callable[[], str | None],
 ) -> tuple[int, int, Tensor | None]:
     """One pass: how many lie below and inside the bracket, and those inside (None when they are too many)."""
-    below_counts: list[Tensor] = []
-    sums: list[Tensor] = []
-    collected: list[Tensor] | None = []
-    found: list[Tensor] = []
+    counts: dict[torch.device, Tensor] = {}  # below and inside, on each device: read once, at the end
+    sums: dict[torch.device, Tensor] = {}
+    collected: Tensor | None = None
     gathered = 0
     for values, mask in chunks():
         below = inside.below(values)
@@ -289,22 +306,24 @@ def _count(
             below &= mask
             within &= mask
         within ^= below
-        below_counts.append(torch.count_nonzero(below))
-        sums.append(values.sum() if mask is None else (values * mask).sum())
-        if collected is None:
-            found.append(torch.count_nonzero(within))
-            continue
-        piece = values[within]
-        gathered += piece.numel()
-        collected.append(piece)
-        if gathered > COLLECT:
-            collected = None
-            found = [torch.tensor(gathered)]
-    if any(math.isnan(float(total)) for total in sums):  # a NaN, or infinities of either sign: only now look closely
+        count = counts.setdefault(values.device, torch.zeros(2, dtype=torch.int64, device=values.device))
+        count[0] += torch.count_nonzero(below)
+        count[1] += torch.count_nonzero(within)
+        total = sums.setdefault(values.device, torch.zeros((), device=values.device))
+        total += values.sum() if mask is None else (values * mask).sum()
+        if gathered <= COLLECT:
+            piece = values[within]
+            if collected is None:  # one buffer: small pieces between the large temporaries would fragment the heap
+                collected = piece.new_empty(COLLECT)
+            if gathered + piece.numel() <= COLLECT:
+                collected[gathered : gathered + piece.numel()] = piece
+            gathered += piece.numel()
+    if any(
+        math.isnan(float(total)) for total in sums.values()
+    ):  # a NaN, or infinities of either sign: only now look closely
         name = first_nan()
         if name is not None:
             raise ValueError(f"{name}: scores contain NaN")
-    below_total = sum(int(count) for count in below_counts)
-    if collected is None:
-        return below_total, sum(int(count) for count in found), None
-    return below_total, gathered, torch.cat([piece.to(collected[0].device) for piece in collected])
+    assert collected is not None
+    below_total, found = (sum(int(count[i]) for count in counts.values()) for i in range(2))
+    return below_total, found, collected[:gathered] if gathered <= COLLECT else None
