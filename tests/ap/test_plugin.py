@@ -355,3 +355,56 @@ def test_own_criterion_and_where():
     assert set(removed) == {"0.weight", "4.weight"}
     assert removed.total == 40
     plugin.detach()
+
+
+def test_most_waking_by_hand():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-0.5, -1.0], [-2.0, 1.0]]))
+        model[2].weight.copy_(torch.tensor([[-1.0, -1.0]]))
+    x = torch.tensor([[1.0, 0.0], [1.0, 4.0], [3.0, 4.0], [3.0, 8.0]])
+    # E[x] = (2, 4), E[x²] = (5, 24). Unit 0 is -0.5 x0 - x1: dead always; unit 1 is -2 x0 + x1: -2, 2, -2, 2: half dead.
+    # The last layer feeds no activation: no lift at all.
+    plugin = AP(model, criterion="most-waking", batches=[(x[:2], None), (x[2:], None)])
+    plugin.mark_start()
+    scores = [[-(2 / 5 * 1) / 0.5, -(4 / 24 * 1) / 1.0], [-(2 / 5 * 0.5) / 2.0, np.inf]]
+    order = np.argsort(np.array(scores).ravel())
+    for count in range(1, 4):
+        chosen = plugin.preview(count)
+        assert sorted(chosen["0.weight"].view(-1).nonzero()[:, 0].tolist()) == sorted(order[:count].tolist())
+    assert plugin.preview(5).counts == {"0.weight": 3, "2.weight": 2}
+    plugin.detach()
+
+
+def test_most_waking_with_groups_and_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1, bias=False),
+    )
+    x = torch.rand(8, 4, 5, 5)
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([-9.0, -9, -9, 9, 9, 9]))  # the first three channels are dead, the others not
+    plugin = AP(model, criterion="most-waking", batches=[(x, None)], where=["0"])
+    plugin.mark_start()
+    weight = model[0].weight.detach()
+    mean, square = x.mean((0, 2, 3)), x.square().mean((0, 2, 3))
+    lift = torch.zeros_like(weight)
+    for row in range(3):
+        for column in range(2):
+            channel = column  # rows 0 to 2 belong to the first group: channels 0 and 1
+            lift[row, column] = mean[channel] / square[channel] / weight[row, column].abs()
+    lift[weight >= 0] = -1
+    best = lift.view(-1).topk(5).indices
+    assert set(plugin.preview(5)["0.weight"].view(-1).nonzero()[:, 0].tolist()) == set(best.tolist())
+    plugin.detach()
+
+
+def test_where_rectified_limits_the_step():
+    plugin = AP(network(), where="rectified")
+    plugin.mark_start()
+    assert set(plugin.preview(10)) == {"2.weight"}  # the first layer sees raw inputs, the last feeds nothing
+    with pytest.raises(ValueError, match="no layer of this model has a rectified input"):
+        AP(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2)), where="rectified")
