@@ -10,11 +10,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ap.masks import Masks, Scope
+from ap.masks import Masks, Scope, check_share
 from ap.names import unknown
+from pruners.densities import check_density, remove_lowest
+from pruners.schedules import exponential, removed_by
 
 Batches = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
+ScoreFn = Callable[[nn.Module, Masks], Mapping[str, Tensor]]
 ENTRY_POINTS = "activate_while_pruning.pruners"
 _REGISTRY: dict[str, type[Pruner]] = {}
 _P = TypeVar("_P", bound="type[Pruner]")
@@ -41,6 +44,10 @@ class Pruner:
     name: ClassVar[str] = ""
     scope: Scope = "global"
     needs_data: bool = False
+    needs_loss: bool = True  # whether the data must come with a loss_fn; of no meaning without needs_data
+    takes: ClassVar[tuple[str, ...]] = ("rounds", "density")  # which of `create`'s common options make sense
+    rounds: int = 1
+    density: str = "scope"
 
     def scores(
         self, model: nn.Module, masks: Masks, batches: Batches | None = None, loss_fn: LossFn | None = None
@@ -68,13 +75,29 @@ class Pruner:
     ) -> int:
         """All rounds: removes round(amount × alive) weights and returns how many went.
 
+        With n rounds, ρ^(k/n) of the weights are left after round k, ρ = 1 − amount.
+
         Raises:
             ValueError: an amount outside (0, 1), missing data, scores that carry no information.
         """
+        alive = masks.alive
+        gone = check_share(amount, "amount", alive)
         if self.needs_data:
-            self.require_data(batches, loss_fn)
-        scores = checked(self.scores(model, masks, batches=batches, loss_fn=loss_fn), masks, self.name)
-        return masks.prune(scores, amount=amount, scope=self.scope)
+            if self.needs_loss:
+                self.require_data(batches, loss_fn)
+            batches = repeatable(self.require_batches(batches)) if self.rounds > 1 else self.require_batches(batches)
+        for done in range(1, self.rounds + 1):
+            count = masks.alive - (alive - removed_by(exponential, done / self.rounds, alive, gone))
+            if count > 0:
+                scores = checked(self.scores(model, masks, batches=batches, loss_fn=loss_fn), masks, self.name)
+                remove_lowest(masks, scores, count, self.density, self.scope)
+        return alive - masks.alive
+
+    def require_batches(self, batches: Batches | None) -> Batches:
+        """The batches, or a ValueError that says that they are missing."""
+        if batches is None:
+            raise ValueError(f"the pruner {self.name!r} scores weights by data: give it batches=")
+        return batches
 
     def require_data(self, batches: Batches | None, loss_fn: LossFn | None) -> tuple[Batches, LossFn]:
         """Both, or a ValueError that says what is missing."""
@@ -103,17 +126,36 @@ def names() -> list[str]:
     return sorted({*_REGISTRY, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
-def create(name: str, **options: Any) -> Pruner:
-    """A pruner by name; `options` are its own.
+class Function(Pruner):
+    """A plain function `(model, masks) -> scores` as a pruner.
+
+    Args:
+        function: its scores: for each name of `masks` a tensor of the weight's shape, higher = keep.
+        scope: what is compared with each other.
+
+    Example:
+        >>> pruner = create(lambda model, masks: {name: masks.weight(name).detach().abs() for name in masks})
+        >>> pruner.prune(layer := nn.Linear(4, 5), Masks(layer), amount=0.5)
+        10
+    """
+
+    def __init__(self, function: ScoreFn, scope: Scope = "global") -> None:
+        self.function = function
+        self.scope = scope
+        self.name = getattr(function, "__name__", type(function).__name__)  # type: ignore[misc]
+
+    def scores(
+        self, model: nn.Module, masks: Masks, batches: Batches | None = None, loss_fn: LossFn | None = None
+    ) -> Mapping[str, Tensor]:
+        """What the function says."""
+        return self.function(model, masks)
+
+
+def find(name: str) -> type[Pruner]:
+    """The class registered under a name, by this package, a decorator or another package's entry point.
 
     Raises:
         ValueError: an unknown name (the close ones are listed).
-        TypeError: an option it does not have.
-
-    Example:
-        >>> import pruners
-        >>> pruners.create("magnitude")
-        Magnitude(name='magnitude', scope='global', needs_data=False)
     """
     if name not in _REGISTRY:
         for point in entry_points(group=ENTRY_POINTS):
@@ -122,7 +164,51 @@ def create(name: str, **options: Any) -> Pruner:
                 break
         else:
             raise unknown("pruner", name, names())
-    return _REGISTRY[name](**options)
+    return _REGISTRY[name]
+
+
+def create(
+    name: str | Pruner | ScoreFn, *, rounds: int | None = None, density: str | None = None, **options: Any
+) -> Pruner:
+    """A pruner by name; `options` are its own.
+
+    Args:
+        name: a registered name, or a plain function `(model, masks) -> scores`; a pruner is passed through.
+        rounds: prune in that many rounds of new scores, ρ^(k/n) of the weights left after round k; default: the
+            pruner's own number, which is 1 (one-shot) but for SynFlow.
+        density: how the weights that stay are spread over the layers: "scope" (default: as the scores say), "uniform"
+            (every layer the same density) or "erk" (denser where a layer is small, see `pruners.densities`).
+
+    Raises:
+        ValueError: an unknown name (the close ones are listed), or a common option that this pruner cannot have.
+        TypeError: an option it does not have.
+
+    Example:
+        >>> import pruners
+        >>> pruners.create("magnitude")
+        Magnitude(name='magnitude', scope='global', needs_data=False)
+    """
+    if isinstance(name, str):
+        pruner = find(name)(**options)
+    elif isinstance(name, Pruner):
+        if options:
+            raise TypeError(f"{name!r} is made already; options belong to its creation")
+        pruner = name
+    elif callable(name):
+        pruner = Function(name, **options)
+    else:
+        raise TypeError(f"a pruner is a name, a Pruner or a function (model, masks) -> scores, not {name!r}")
+    for option, value in (("rounds", rounds), ("density", density)):
+        if value is not None and option not in pruner.takes:
+            raise ValueError(f"the pruner {pruner.name!r} has no {option}: its own structure decides that")
+    if rounds is not None:
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"rounds must be a whole number, 1 or more, not {rounds!r}")
+        pruner.rounds = rounds
+    if density is not None:
+        check_density(density)
+        pruner.density = density
+    return pruner
 
 
 def checked(scores: Mapping[str, Tensor], masks: Masks, who: str) -> Mapping[str, Tensor]:
@@ -170,24 +256,37 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[nn.Module]
                 buffer.copy_(before)
 
 
+def batch_gradients(model: nn.Module, masks: Masks, batches: Batches, loss_fn: LossFn) -> Iterator[dict[str, Tensor]]:
+    """The signed gradients of the masked weights, batch by batch, in evaluation mode; zero where there is none.
+
+    The parameters' `.grad` is neither read nor written.
+    """
+    weights = {name: masks.weight(name) for name in masks}
+    seen = False
+    for inputs, targets in on_device(batches, model):
+        with undisturbed(model), torch.enable_grad():
+            loss = loss_fn(model(inputs), targets)
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        seen = True
+        yield {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+        }
+    if not seen:
+        raise ValueError("no batches: the iterable is empty (a generator that was used up?)")
+
+
 def summed_gradients(model: nn.Module, masks: Masks, batches: Batches, loss_fn: LossFn) -> dict[str, Tensor]:
     """The signed gradients of the masked weights, summed over all batches (and over ranks), in evaluation mode.
 
     The parameters' `.grad` is neither read nor written.
     """
-    weights = {name: masks.weight(name) for name in masks}
-    sums = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
-    seen = 0
-    with undisturbed(model), torch.enable_grad():
-        for inputs, targets in on_device(batches, model):
-            loss = loss_fn(model(inputs), targets)
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-            seen += 1
-    if not seen:
-        raise ValueError("no batches: the iterable is empty (a generator that was used up?)")
+    sums: dict[str, Tensor] = {}
+    for gradients in batch_gradients(model, masks, batches, loss_fn):
+        if not sums:
+            sums = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+        for name, gradient in gradients.items():
+            sums[name] += gradient
     reduce_over_ranks(sums.values())
     return sums
 
@@ -200,6 +299,11 @@ def on_device(batches: Batches, model: nn.Module) -> Iterator[tuple[Any, Any]]:
             raise ValueError(f"batches must be (inputs, targets) pairs, got a {type(batch).__name__}")
         inputs, targets = (part.to(device) if isinstance(part, Tensor) else part for part in batch)
         yield inputs, targets
+
+
+def repeatable(batches: Batches) -> Batches:
+    """The batches, as a list where they could be read only once."""
+    return list(batches) if isinstance(batches, Iterator) else batches
 
 
 def reduce_over_ranks(tensors: Iterable[Tensor]) -> None:
