@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ap.names import close_names, named_modules, refuse_wrappers
+from ap.names import close_names, refuse_wrappers
 from ap.ranking import apportion, lowest, lowest_per_row, select_lowest
+from ap.slots import Filter, Handle, Handles, Slot, enforce, find_slots, gradient_hook, parameter_ids
 
 Scope = Literal["global", "layer", "row", "group"]
-Filter = str | Iterable[str] | Callable[[str, nn.Module], bool]
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _SCHEMA = 1
-
-
-class Handle(Protocol):
-    """What a hook's registration returns."""
-
-    def remove(self) -> None:
-        """Removes the hook."""
 
 
 class Masks:
@@ -76,7 +66,7 @@ class Masks:
             raise ValueError(f"floor must be at least 0, not {floor}")
         self.floor = floor
         self.model = model
-        self._slots = {slot.name: slot for slot in _select(model, include, exclude)}
+        self._slots = {slot.name: slot for slot in find_slots(model, include, exclude)}
         if not self._slots:
             raise ValueError(
                 f"{type(model).__name__} has nothing to prune: no convolution, linear layer or attention projection"
@@ -255,21 +245,21 @@ class Masks:
             >>> layer.weight[0, 0].item() == 0
             True
         """
-        held = _parameter_ids(optimizer)
+        held = parameter_ids(optimizer)
         if not any(id(slot.parameter()) in held for slot in self._slots.values()):
             raise ValueError(
                 f"this {type(optimizer).__name__} holds none of the {len(self)} masked weights: "
                 "was it built for another model, or before the model was copied?"
             )
         slots = list(self._slots.values())
-        handles: list[Handle] = [optimizer.register_step_post_hook(lambda opt, args, kwargs: _enforce(slots, opt))]
+        handles: list[Handle] = [optimizer.register_step_post_hook(lambda opt, args, kwargs: enforce(slots, opt))]
         if mask_gradients:
             handles += [
-                slot.parameter().register_post_accumulate_grad_hook(_gradient_hook(slot))
+                slot.parameter().register_post_accumulate_grad_hook(gradient_hook(slot))
                 for slot in slots
                 if id(slot.parameter()) in held
             ]
-        return _Handles(handles)
+        return Handles(handles)
 
     def hold(self) -> Handle:
         """Like `bind`, for every optimizer that ever steps these weights: PyTorch's global step hook.
@@ -277,7 +267,7 @@ class Masks:
         The hook lives until its handle's `.remove()`, or until the model is gone.
         """
         slots = list(self._slots.values())  # hold their modules weakly, so the hook does not keep the model alive
-        handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: _enforce(slots, opt))
+        handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: enforce(slots, opt))
         weakref.finalize(self.model, handle.remove)
         return handle
 
@@ -326,7 +316,7 @@ class Masks:
                 dead[name] = buffer == 0
         return self.remove(dead)
 
-    def _slot(self, name: str) -> _Slot:
+    def _slot(self, name: str) -> Slot:
         try:
             return self._slots[name]
         except KeyError:
@@ -350,177 +340,6 @@ class Masks:
                 f"cannot remove {k}: with at least {self.floor} kept in every layer {sum(room.values())} may go"
             )
         return {name: lowest({name: scores[name]}, {name: eligible[name]}, room[name])[name] for name in eligible}
-
-
-class _Slot:
-    """One weight: where it is, and its mask. The module is held weakly, so that a hook never keeps a model alive."""
-
-    def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
-        self.name = name
-        self.attribute = attribute
-        self._module = weakref.ref(module)
-        self.mask = torch.ones_like(self.parameter(), dtype=torch.bool, requires_grad=False)
-        self._multipliers: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int]] = {}
-
-    def module(self) -> nn.Module:
-        module = self._module()
-        if module is None:
-            raise ReferenceError(f"{self.name}: the model of these masks no longer exists")
-        return module
-
-    def find(self) -> nn.Parameter | None:
-        module = self._module()
-        if module is None:
-            return None
-        parameters = module._parameters
-        parameter = parameters.get(self.attribute)
-        return parameter if parameter is not None else parameters.get(self.attribute + "_orig")
-
-    def parameter(self) -> nn.Parameter:
-        self.module()
-        parameter = self.find()
-        if parameter is None:
-            raise ValueError(f"{self.name} is not a parameter any more (replaced by a parametrization?)")
-        return parameter
-
-    def torch_prune_mask(self) -> Tensor | None:
-        return self.module()._buffers.get(self.attribute + "_mask")
-
-    def current_mask(self) -> Tensor:
-        """The mask, on the device where the weight is now."""
-        parameter = self.parameter()
-        if parameter.shape != self.mask.shape:
-            raise ValueError(
-                f"{self.name} has shape {list(parameter.shape)} now, its mask {list(self.mask.shape)}: "
-                "make new masks after changing a layer's shape"
-            )
-        if self.mask.device != parameter.device:
-            self.mask = self.mask.to(parameter.device)
-        return self.mask
-
-    def multiplier(self, like: Tensor) -> Tensor:
-        """The mask in dtype and strides of `like`; updated in place, so that a captured graph sees later prunings."""
-        mask = self.current_mask()
-        key = (like.dtype, like.device)
-        cached, version = self._multipliers.get(key, (None, -1))
-        if cached is None or cached.stride() != like.stride():
-            cached = torch.empty_like(like, requires_grad=False).copy_(mask)
-        elif version != mask._version:
-            cached.copy_(mask)
-        self._multipliers[key] = (cached, mask._version)
-        return cached
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        parameter, mask = self.parameter(), self.current_mask()
-        parameter.mul_(mask)
-        for cached, _ in self._multipliers.values():
-            cached.copy_(mask)
-        buffer = self.torch_prune_mask()
-        if buffer is not None:
-            buffer.mul_(mask)
-            setattr(self.module(), self.attribute, parameter * buffer)  # as prune's own pre-forward hook does
-
-
-class _Handles:
-    def __init__(self, handles: list[Handle]) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def _enforce(slots: list[_Slot], optimizer: Optimizer) -> None:
-    held = _parameter_ids(optimizer)
-    tensors: list[Tensor] = []
-    multipliers: list[Tensor] = []
-    for slot in slots:
-        parameter = slot.find()
-        if parameter is None or id(parameter) not in held:
-            continue
-        tensors.append(parameter)
-        multipliers.append(slot.multiplier(parameter))
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                tensors.append(value)
-                multipliers.append(slot.multiplier(value))
-    if tensors:
-        torch._foreach_mul_(tensors, multipliers)
-
-
-def _gradient_hook(slot: _Slot) -> Callable[[Tensor], None]:
-    def zero_dead(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            parameter.grad.mul_(slot.multiplier(parameter.grad))
-
-    return zero_dead
-
-
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _select(model: nn.Module, include: Filter | None, exclude: Filter | None) -> list[_Slot]:
-    candidates: dict[str, tuple[nn.Module, str]] = {}
-    others: dict[str, tuple[nn.Module, str]] = {}
-    seen: set[int] = set()
-    for prefix, module in named_modules(model):
-        prunable = _weight_attributes(module)
-        if prunable and "parametrizations" in module._modules:
-            warnings.warn(f"{prefix}: its weight is computed by a parametrization and is left out", stacklevel=3)
-        for attribute, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            plain = attribute.removesuffix("_orig") if attribute + "_mask" not in module._buffers else attribute
-            if f"{plain}_mask" not in module._buffers:
-                plain = attribute
-            name = f"{prefix}.{plain}" if prefix else plain
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                if plain in prunable:
-                    raise ValueError(f"{name} is not initialised yet: run the model once on example data first")
-                continue
-            (candidates if plain in prunable else others)[name] = (module, plain)
-    names = list(candidates)
-    if include is not None:
-        chosen = _match(candidates, include, "include", extra=others)
-        names = [name for name in [*candidates, *others] if name in chosen]
-    if exclude is not None:
-        left_out = _match(candidates, exclude, "exclude", extra=others)
-        names = [name for name in names if name not in left_out]
-    everything = {**candidates, **others}
-    return [_Slot(name, *everything[name]) for name in names]
-
-
-def _weight_attributes(module: nn.Module) -> tuple[str, ...]:
-    if isinstance(module, (_ConvNd, nn.Linear, nn.Bilinear)):
-        return ("weight",)
-    return _ATTENTION if isinstance(module, nn.MultiheadAttention) else ()
-
-
-def _match(
-    candidates: Mapping[str, tuple[nn.Module, str]],
-    wanted: Filter,
-    what: str,
-    extra: Mapping[str, tuple[nn.Module, str]],
-) -> set[str]:
-    if callable(wanted):
-        return {name for name, (module, _) in candidates.items() if wanted(name, module)}
-    matched: set[str] = set()
-    for pattern in [wanted] if isinstance(wanted, str) else wanted:
-        hits = {
-            name
-            for name in candidates
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
-        }
-        if not hits and pattern in extra:
-            hits = {pattern}
-        if not hits:
-            raise ValueError(f"{what}={pattern!r} matches no weight{close_names(pattern, [*candidates, *extra])}")
-        matched |= hits
-    return matched
 
 
 def _how_many(alive: int, amount: float | None, count: int | None) -> int:

@@ -16,9 +16,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ap import criteria
 from ap.criteria import Criterion, DecayTracker, Layer, layer_statistics
-from ap.masks import Handle, Masks, check_share
+from ap.masks import Masks, check_share
 from ap.names import close_names
 from ap.ranking import LazyScores, lowest
+from ap.slots import Handle
 
 
 class Selection(dict[str, Tensor]):
