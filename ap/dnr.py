@@ -8,53 +8,31 @@ than ReLU, units as elements, and everything about how they are counted is this 
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
-from types import FrameType, TracebackType
+from collections.abc import Iterable
+from functools import partial
+from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from ap.activations.ranges import (
-    FUNCTIONAL,
-    DeadRange,
-    call_dead_range,
-    dead_range,
-    gradient_dead_range,
-    is_activation,
-)
-from ap.dnr_count import Counts, count_over_batch, dead_mask
+from ap.activations.ranges import check_eps, dead_range
+from ap.dnr_count import Counts
 from ap.dnr_report import DNRReport, LayerDNR, rates_of
+from ap.dnr_watch import Hook, Seen, Watch, has_own_code, outermost_activations
 from ap.names import named_modules, refuse_wrappers
 
 MODES = ("train", "eval")
 
-# Their output is 0 exactly where they are dead: counting what is not 0 there costs less than comparing the input.
-_ZERO_WHERE_DEAD = (nn.ReLU, nn.ReLU6)
-_ZERO_WHERE_DEAD_CALLS = ("relu", "relu6")
-
-
-def _inert(*args: Any) -> None:
-    """What a monitor's hook becomes in a copied or unpickled model: nothing."""
-
-
-class _Hook:
-    """A hook that stays with its own model: copies of it do nothing."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
-    def __reduce__(self) -> str:
-        return "_inert"
+_WHY_NOT_COMPILED = (
+    "DNRMonitor decides outside of the graph whether a pass is counted; with fullgraph=True, "
+    "or where a compiled function calls the model, attach it to the compiled model: DNRMonitor(torch.compile(model))"
+)
+_uncompiled = torch.compiler.disable
+if "reason" in inspect.signature(torch.compiler.disable).parameters:
+    _uncompiled = partial(torch.compiler.disable, reason=_WHY_NOT_COMPILED)
 
 
 class _Layer:
@@ -86,6 +64,17 @@ class _Window:
         self.passes = 0
         self.layers: dict[str, _Layer] = {}
 
+    def add(self, seen: Seen) -> None:
+        layer = self.layers.setdefault(seen.name, _Layer(seen.kind, False))
+        if layer.alive is None:
+            layer.alive = Counts(seen.shape, seen.device)
+        layer.can_die |= seen.hits is not None
+        layer.alive.add_batch(seen.shape, seen.hits, seen.batch, seen.counted_dead)
+        if seen.gradient_hits is not None:
+            if layer.learning is None:
+                layer.learning = Counts(seen.shape, seen.device)
+            layer.learning.add_batch(seen.shape, seen.gradient_hits, seen.batch, counted_dead=True)
+
     def merged(self, other: _Window) -> _Window:
         both = _Window()
         both.passes = self.passes + other.passes
@@ -93,20 +82,6 @@ class _Window:
             mine, theirs = self.layers.get(name), other.layers.get(name)
             both.layers[name] = mine.merged(theirs) if mine is not None else theirs.merged(None)  # type: ignore[union-attr]
         return both
-
-
-class _FunctionalCalls(TorchFunctionMode):
-    """Active during observed passes: sees the activations that are called as functions."""
-
-    def __init__(self, monitor: DNRMonitor) -> None:
-        super().__init__()
-        self._monitor = monitor
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in FUNCTIONAL:
-            return func(*args, **kwargs)
-        return self._monitor._on_call(func, args, kwargs, sys._getframe(1))
 
 
 class DNRMonitor:
@@ -136,6 +111,7 @@ class DNRMonitor:
 
     def __init__(self, model: nn.Module, every: int = 50, eps: float | None = None) -> None:
         refuse_wrappers(model)
+        check_eps(eps)
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be a positive number of passes, got {every!r}")
         self.model = model
@@ -145,34 +121,32 @@ class DNRMonitor:
         self._window = {mode: _Window() for mode in MODES}  # since then
         self._seen = dict.fromkeys(MODES, 0)
         self._handles: list[Any] = []
-        self._names: dict[nn.Module, str] = {}
-        self._activations: dict[nn.Module, str] = {}
+        self._watch: Watch | None = None
         self._depth = 0
-        self._observing = False
-        self._calls: Counter[str] = Counter()
-        self._functional = _FunctionalCalls(self)
+        self._observed: str | None = None  # the kind of the pass under way, if it is observed
 
     # --- attaching ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> Self:
         """Starts watching; returns the monitor."""
-        if self._handles:
-            return self
-        self._names = {module: name for name, module in named_modules(self.model)}
-        self._activations = _outermost_activations(self._names)
-        _refuse_if_nothing_can_die(self._names, self._activations, self.eps)
-        for module in self._activations:
-            if type(module) in _ZERO_WHERE_DEAD:
-                self._handles.append(module.register_forward_hook(_Hook(self._after_activation)))
-            else:
-                hook = _Hook(self._before_activation)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._enter)))
-        self._handles.append(self.model.register_forward_hook(_Hook(self._leave), always_call=True))
+        if self._watch is None:
+            names = {module: name for name, module in named_modules(self.model)}
+            _refuse_if_nothing_can_die(names, self.eps)
+            self._watch = Watch(names, self.eps)
+            self._handles = [
+                self.model.register_forward_pre_hook(Hook(self._enter)),
+                self.model.register_forward_hook(Hook(self._leave), always_call=True),
+            ]
+            self._depth, self._observed = 0, None
         return self
 
     def detach(self) -> None:
         """Stops watching and leaves the model as it was; what was counted stays."""
+        if self._watch is not None:
+            if self._observed is not None:
+                self._finish()
+            self._watch.remove()
+            self._watch = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -213,119 +187,54 @@ class DNRMonitor:
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
+    @_uncompiled
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._depth and not _is_nested(self.model):  # the last pass was interrupted, by Ctrl-C for example
+            self._depth = 0
+            if self._observed is not None:
+                self._finish()
         self._depth += 1
-        if self._depth > 1:
+        if self._depth > 1 or self._watch is None:
             return
         mode = "train" if self.model.training else "eval"
-        self._observing = self._seen[mode] % self.every == 0
+        if self._seen[mode] % self.every == 0:
+            self._observed = mode
+            self._watch.begin()
         self._seen[mode] += 1
-        if self._observing:
-            self._mode = mode
-            self._calls.clear()
-            self._window[mode].passes += 1
-            self._functional.__enter__()
 
+    @_uncompiled
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0 and self._observing:
-            self._observing = False
-            self._functional.__exit__(None, None, None)
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0 and self._observed is not None:
+            self._finish()
 
-    def _after_activation(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._observing:
-            layer = self._layer(self._activations[module], type(module).__name__, True)
-            self._count(layer, output, None, None)
-
-    def _before_activation(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._observing:
-            value = args[0] if args else next(iter(kwargs.values()))
-            interval = dead_range(module, self.eps)
-            layer = self._layer(self._activations[module], type(module).__name__, interval is not None)
-            self._count(layer, value, interval, gradient_dead_range(module, self.eps))
-
-    def _on_call(self, func: Any, args: Any, kwargs: Any, frame: FrameType) -> Any:
-        owner = self._owner(frame)
-        if owner is None or owner in self._activations:
-            return func(*args, **kwargs)
-        short = FUNCTIONAL[func]
-        name = f"{self._names[owner]}/{short}"
-        if short in _ZERO_WHERE_DEAD_CALLS:
-            output = func(*args, **kwargs)
-            self._count(self._layer(name, short, True), output, None, None)
-            return output
-        value = args[0] if args else kwargs["input"]
-        interval = call_dead_range(func, args, kwargs, self.eps)
-        self._count(self._layer(name, short, interval is not None), value, interval, interval)
-        return func(*args, **kwargs)
-
-    def _owner(self, frame: FrameType | None) -> nn.Module | None:
-        """The innermost module of this model whose code is running."""
-        while frame is not None:
-            if frame.f_code.co_argcount:
-                first = frame.f_locals.get(frame.f_code.co_varnames[0])
-                if isinstance(first, nn.Module) and first in self._names:
-                    return first
-            frame = frame.f_back
-        return None
-
-    def _layer(self, base: str, kind: str, can_die: bool) -> _Layer:
-        self._calls[base] += 1
-        name = base if self._calls[base] == 1 else f"{base}:{self._calls[base]}"
-        layers = self._window[self._mode].layers
-        if name not in layers:
-            layers[name] = _Layer(kind, can_die)
-        return layers[name]
-
-    @torch.no_grad()
-    def _count(
-        self, layer: _Layer, value: Tensor, interval: DeadRange | None, gradient_interval: DeadRange | None
-    ) -> None:
-        """Counts a batch: what is not 0 of an output where there is no interval, else what of an input lies in it."""
-        value = value.detach()
-        if value.dim() == 0:
-            value = value[None]
-        batch = value.shape[0]
-        if layer.alive is None:
-            layer.alive = Counts(value.shape[1:], value.device)
-        if not layer.can_die:
-            layer.alive.samples += batch
-            return
-        if interval is None:
-            layer.alive.add_batch(count_over_batch(value.to(torch.bool)), batch)
-            return
-        axis = 1 if value.dim() > 1 else 0
-        layer.alive.add_batch(count_over_batch(dead_mask(value, interval, axis)), batch, counted_dead=True)
-        if gradient_interval is not None and not _same(gradient_interval, interval):
-            if layer.learning is None:
-                layer.learning = Counts(value.shape[1:], value.device)
-            layer.learning.add_batch(
-                count_over_batch(dead_mask(value, gradient_interval, axis)), batch, counted_dead=True
-            )
+    def _finish(self) -> None:
+        assert self._watch is not None
+        assert self._observed is not None
+        window = self._window[self._observed]
+        self._observed = None
+        window.passes += 1
+        for seen in self._watch.end():
+            window.add(seen)
 
 
-def _same(first: DeadRange, second: DeadRange) -> bool:
-    ends = zip(first, second, strict=True)
-    return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in ends)
+def _is_nested(model: nn.Module) -> bool:
+    """Whether the model is being called by its own forward pass."""
+    calls, frame = 0, sys._getframe(1)
+    while frame is not None and calls < 2:
+        calls += frame.f_code is _CALL and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls == 2
 
 
-def _outermost_activations(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
-    """Activation modules; those inside of another activation are part of it."""
-    inner = {part for module in names if is_activation(module) for part in module.modules() if part is not module}
-    return {module: name for module, name in names.items() if is_activation(module) and module not in inner}
+_CALL = nn.Module._call_impl.__code__
 
 
-def _refuse_if_nothing_can_die(
-    names: dict[nn.Module, str], activations: dict[nn.Module, str], eps: float | None
-) -> None:
+def _refuse_if_nothing_can_die(names: dict[nn.Module, str], eps: float | None) -> None:
     """Only where it is certain before a pass: no module has code of its own that may call an activation."""
-    if any(dead_range(module, eps) is not None for module in activations):
+    activations = outermost_activations(names)
+    if any(dead_range(module, eps) is not None for module in activations) or any(map(has_own_code, names)):
         return
-    own_code = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    for module in names:
-        is_torchs = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, own_code)
-        if module not in activations and not is_torchs:
-            return
     kinds = sorted({type(module).__name__ for module in activations})
     found = f"its activations ({', '.join(kinds)}) cannot" if kinds else "it has no activation"
     raise ValueError(f"nothing in this model can die: {found}")

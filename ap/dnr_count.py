@@ -23,8 +23,10 @@ def count_over_batch(mask: Tensor) -> Tensor:
     """
     batch, unit_shape = mask.shape[0], mask.shape[1:]
     units = unit_shape.numel()
-    lane = next((dtype for size, dtype in ((8, torch.int64), (4, torch.int32)) if units and units % size == 0), None)
-    if lane is None or batch == 0:
+    lane = torch.int64 if units % 8 == 0 else torch.int32 if units % 4 == 0 else None
+    if (
+        lane is None or batch * units == 0 or torch.compiler.is_compiling()
+    ):  # a compiler fuses the plain sum with the mask
         return mask.sum(0, dtype=torch.int32)
     # Dense in either layout: the batch axis is outermost, so that [N, units] is the memory as it lies.
     channels_last = mask.dim() == 4 and not mask.is_contiguous()
@@ -45,7 +47,8 @@ def dead_mask(values: Tensor, interval: DeadRange, channel_axis: int) -> Tensor:
     """Which pre-activations [N, ...] lie in the closed interval. NaN lies in none."""
     low, high = (_along(end, values, channel_axis) for end in interval)
     bounded = isinstance(low, Tensor) or low != -float("inf")
-    if values.device.type == "cpu" and values.is_floating_point() and not bounded and not isinstance(high, Tensor):
+    eager_cpu = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager_cpu and values.is_floating_point() and not bounded and not isinstance(high, Tensor):
         # On a CPU, comparing into floats and converting those is twice as fast as comparing into bools.
         return torch.le(values, high, out=torch.empty_like(values)).to(torch.bool)
     mask = values <= high
@@ -89,23 +92,29 @@ class Counts:
         """What a unit is: "element" of the output, or "channel" where the number of positions changed."""
         return "element" if len(self.axes) == len(self._shape) else "channel"
 
-    def add_batch(self, count: Tensor, batch: int, counted_dead: bool = False) -> None:
-        """Adds one batch's counts: `count` inputs of `batch`, in the batch's unit shape, for which a unit was alive.
+    def add_batch(self, shape: torch.Size, hits: Tensor | None, batch: int, counted_dead: bool = False) -> None:
+        """Adds one batch's counts.
 
-        With `counted_dead`, for which it was dead.
+        Args:
+            shape: the unit's shape in this batch.
+            hits: integers [*shape]: for how many inputs a unit was alive; None for all of them.
+            batch: the number of inputs.
+            counted_dead: `hits` says for how many a unit was dead.
         """
-        positions = 1
-        if tuple(count.shape) != self._shape:
-            self._reduce(_kept(self._shape, tuple(count.shape), self.axes))
+        if tuple(shape) != self._shape:
+            self._reduce(_kept(self._shape, tuple(shape), self.axes))
+        inputs = batch
         if self.unit == "channel":
-            positions = count.numel() // max(1, self.alive.numel())
-            count = _sum_to(count.to(torch.int64), self.axes)
-        self._make_room(batch * positions)
-        if counted_dead:
-            self.alive.add_(batch * positions).sub_(count)
+            inputs *= shape.numel() // max(1, self.alive.numel())
+            hits = None if hits is None else _sum_to(hits.to(torch.int64), self.axes)
+        self._make_room(inputs)
+        if hits is None:
+            self.alive.add_(inputs)
+        elif counted_dead:
+            self.alive.add_(inputs).sub_(hits)
         else:
-            self.alive.add_(count)
-        self.inputs += batch * positions
+            self.alive.add_(hits)
+        self.inputs += inputs
         self.samples += batch
 
     def merge(self, other: Counts) -> None:

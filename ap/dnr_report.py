@@ -157,11 +157,11 @@ class DNRReport:
             row = [layer.name, layer.kind, units, f"{layer.samples:,}", *rates]
             table.append(row + [_percent(layer.gradient_total)] * with_gradient)
         samples = max(layer.samples for layer in self._mortal())
-        units = sum(layer.units for layer in self._mortal())
+        all_units = sum(layer.units for layer in self._mortal())
         by_units, by_layers = (
             [_percent(rate) for rate in mean] for mean in (self.mean_over_units, self.mean_over_layers)
         )
-        table.append(["model (by units)", "", f"{units:,}", f"{samples:,}", *by_units] + [""] * with_gradient)
+        table.append(["model (by units)", "", f"{all_units:,}", f"{samples:,}", *by_units] + [""] * with_gradient)
         table.append(["mean over layers", "", "", "", *by_layers] + [""] * with_gradient)
         lines = _align(table)
         notes = f"dead-neuron rates, {self.mode or 'training and evaluation'} passes: {self.passes}"

@@ -1,0 +1,358 @@
+"""Following a model's forward passes: which activation is called where, and for how many inputs its units were dead.
+
+Activation modules are seen by hooks, functional calls by a torch function mode that is active during observed passes
+only. What runs inside of a forward pass does nothing but tensor operations and a little bookkeeping that torch.compile
+can trace; everything else happens in `begin` and `end`, outside of any graph.  [ours]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ap.activations.ranges import (
+    FUNCTIONAL,
+    DeadRange,
+    call_dead_range,
+    dead_range,
+    gradient_dead_range,
+    is_activation,
+)
+from ap.dnr_count import count_over_batch, dead_mask
+
+# Their output is 0 exactly where they are dead: counting what is not 0 there costs less than comparing the input.
+_ZERO_WHERE_DEAD = (nn.ReLU, nn.ReLU6)
+_ZERO_WHERE_DEAD_CALLS = ("relu", "relu6")
+
+# In eval mode these may take a fused path, which they leave as soon as they carry a hook or a mode is active.
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+_OWN_CODE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # torch.nn's, and call activations as functions
+
+
+class Seen(NamedTuple):
+    """One call of an activation in an observed pass.
+
+    Attributes:
+        hits: integers in the unit's shape, for how many inputs a unit was alive (dead with `counted_dead`); None if it
+            cannot die.
+        gradient_hits: for how many it got no gradient, where that differs; else None.
+    """
+
+    name: str
+    kind: str
+    batch: int
+    shape: torch.Size
+    device: torch.device
+    hits: Tensor | None
+    counted_dead: bool
+    gradient_hits: Tensor | None
+
+
+class _Scope:
+    """Whose code is running: the module that functional calls are named after."""
+
+    def __init__(self, name: str, batch_axis: int = 0, module_kind: str | None = None, silent: bool = False) -> None:
+        self.name = name
+        self.batch_axis = batch_axis
+        self.module_kind = module_kind  # the functional call is that module's own, and has its name and class
+        self.silent = silent  # inside of an activation that has its own hook
+
+
+class _Site:
+    """An activation module with its hooks."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.module = module
+        self.kind = type(module).__name__
+        self.scope = _Scope(name, silent=True)
+        self.zero_where_dead = type(module) in _ZERO_WHERE_DEAD
+        self.changes = next(module.parameters(), None) is not None
+        self.interval: DeadRange | None = None
+        self.gradient_interval: DeadRange | None = None
+
+    def refresh(self, eps: float | None) -> None:
+        """Looks the dead range up again: learnable parameters move it."""
+        self.interval = dead_range(self.module, eps)
+        gradient = gradient_dead_range(self.module, eps)
+        self.gradient_interval = gradient if gradient is not None and not _same(gradient, self.interval) else None
+        if self.changes:  # as tensors: a compiled graph would be made anew for every value of a number
+            self.interval = _as_tensors(self.interval, self.module)
+            self.gradient_interval = _as_tensors(self.gradient_interval, self.module)
+
+
+def _same(first: DeadRange, second: DeadRange | None) -> bool:
+    if second is None:
+        return False
+    ends = zip(first, second, strict=True)
+    return all(
+        a is b or bool(torch.equal(torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()))
+        if isinstance(a, Tensor) or isinstance(b, Tensor)
+        else a == b
+        for a, b in ends
+    )
+
+
+def _as_tensors(interval: DeadRange | None, module: nn.Module) -> DeadRange | None:
+    if interval is None:
+        return None
+    device = next(module.parameters()).device
+    low, high = (end if isinstance(end, Tensor) else torch.tensor(end, device=device) for end in interval)
+    return DeadRange(low, high)
+
+
+def _inert(*args: Any) -> None:
+    """What a hook becomes in a copied or unpickled model: nothing."""
+
+
+class Hook:
+    """A hook that stays with its own model: in copies of that it does nothing."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> str:
+        return "_inert"
+
+
+class _FunctionalCalls(TorchFunctionMode):
+    """Sees the activations that are called as functions."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in FUNCTIONAL:
+            return func(*args, **kwargs)
+        return self._watch.on_call(func, args, kwargs)
+
+
+class Watch:
+    """The hooks on one model's inside.
+
+    Args:
+        names: its modules and their names.
+        eps: see `ap.activations.ranges.dead_range`.
+    """
+
+    def __init__(self, names: dict[nn.Module, str], eps: float | None) -> None:
+        self._eps = eps
+        self._active = False
+        self._scopes: list[_Scope] = []
+        self._calls: dict[str, int] = {}
+        self._seen: list[Seen] = []
+        self._mode = _FunctionalCalls(self)
+        self._root = _Scope("")
+        self._handles: list[Any] = []
+        self._fused = {module: _scope_of(module, name) for module, name in names.items() if isinstance(module, _FUSED)}
+        bare = {part for module in self._fused for part in module.modules()}
+        self._sites: list[_Site] = []
+        for module, name in outermost_activations(names).items():
+            if not (module in bare and type(module) in (nn.ReLU, nn.GELU)):  # any other rules the fused path out
+                self._watch_activation(_Site(name, module))
+        for module, name in names.items():
+            if name and has_own_code(module) and not isinstance(module, _FUSED):
+                self._watch_scope(module, _scope_of(module, name))
+
+    def remove(self) -> None:
+        """Takes every hook away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch_activation(self, site: _Site) -> None:
+        site.refresh(self._eps)
+        self._sites.append(site)
+        before = Hook(partial(self._before, site))
+        self._handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(site.module.register_forward_hook(Hook(partial(self._after, site))))
+
+    def _watch_scope(self, module: nn.Module, scope: _Scope) -> None:
+        self._handles.append(module.register_forward_pre_hook(Hook(partial(self._enter, scope))))
+        self._handles.append(module.register_forward_hook(Hook(self._leave)))
+
+    # --- outside of any graph ----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Starts observing a pass."""
+        self._scopes[:] = [self._root]
+        self._calls.clear()
+        self._seen.clear()
+        for site in self._sites:
+            if site.changes:
+                site.refresh(self._eps)
+        for module, scope in self._fused.items():
+            if not (module.training and isinstance(module, nn.MultiheadAttention)):
+                module.__dict__["forward"] = partial(self._run_fused, module, scope)
+        self._active = True
+        self._mode.__enter__()
+
+    def end(self) -> list[Seen]:
+        """Stops observing; what was seen, in order."""
+        self._active = False
+        for module in self._fused:
+            module.__dict__.pop("forward", None)
+        stack = torch.overrides._get_current_function_mode_stack()
+        if stack and stack[-1] is self._mode:
+            self._mode.__exit__(None, None, None)
+        seen, self._seen = self._seen, []
+        return seen
+
+    def _run_fused(self, module: nn.Module, scope: _Scope, *args: Any, **kwargs: Any) -> Any:
+        """Runs a module as it would run unobserved, so that its output is the same to the bit, and counts beside it."""
+        forward = type(module).forward
+        if module.training or torch.compiler.is_compiling() or not self._active or _is_hooked(module):
+            self._scopes.append(scope)
+            output = forward(module, *args, **kwargs)
+            self._scopes.pop()
+            return output
+        self._active = False
+        inner = {part: part.__dict__.pop("forward") for part in self._fused if "forward" in part.__dict__}
+        try:
+            with torch._C.DisableTorchFunction():
+                output = forward(module, *args, **kwargs)
+        finally:
+            self._active = True
+        if not isinstance(module, nn.MultiheadAttention):
+            if any(isinstance(value, Tensor) and value.is_nested for value in (*args, *kwargs.values())):
+                raise ValueError(f"{scope.name}: nested tensors cannot be counted; give padded ones")
+            before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            for part, part_scope in self._fused.items():
+                if isinstance(part, nn.TransformerEncoderLayer):
+                    part.__dict__["forward"] = partial(self._run_scoped, part, part_scope)
+            try:
+                with torch.no_grad():
+                    self._run_scoped(module, scope, *args, **kwargs)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(before)
+                for part in self._fused:
+                    part.__dict__.pop("forward", None)
+        for part, replaced in inner.items():
+            part.__dict__["forward"] = replaced
+        return output
+
+    def _run_scoped(self, module: nn.Module, scope: _Scope, *args: Any, **kwargs: Any) -> Any:
+        self._scopes.append(scope)
+        try:
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            self._scopes.pop()
+
+    # --- inside of the forward pass, and of compiled graphs ----------------------------------------------------------
+
+    def _enter(self, scope: _Scope, module: nn.Module, args: Any) -> None:
+        if self._active:
+            self._scopes.append(scope)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._active:
+            self._scopes.pop()
+
+    def _before(self, site: _Site, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._active:
+            if not site.zero_where_dead:  # before an in-place activation overwrites it
+                value = args[0] if args else next(iter(kwargs.values()))
+                self._count(site.scope.name, site.kind, value, site.interval, site.gradient_interval, self._axis())
+            self._scopes.append(site.scope)
+
+    def _after(self, site: _Site, module: nn.Module, args: Any, output: Any) -> None:
+        if self._active:
+            self._scopes.pop()
+            if site.zero_where_dead:
+                self._count_output(site.scope.name, site.kind, output, self._axis())
+
+    def _axis(self) -> int:
+        return self._scopes[-1].batch_axis
+
+    def on_call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a functional activation and counts it."""
+        scope = self._scopes[-1]
+        if scope.silent or not self._active:
+            return func(*args, **kwargs)
+        short = FUNCTIONAL[func]
+        name = scope.name if scope.module_kind else f"{scope.name}/{short}"
+        kind = scope.module_kind or short
+        if short in _ZERO_WHERE_DEAD_CALLS:
+            output = func(*args, **kwargs)
+            self._count_output(name, kind, output, scope.batch_axis)
+            return output
+        value = args[0] if args else kwargs["input"]
+        interval = call_dead_range(func, args, kwargs, self._eps)
+        self._count(name, kind, value, interval, None, scope.batch_axis)
+        return func(*args, **kwargs)
+
+    def _name(self, base: str) -> str:
+        call = self._calls.get(base, 0) + 1
+        self._calls[base] = call
+        return base if call == 1 else f"{base}:{call}"
+
+    def _count_output(self, base: str, kind: str, output: Tensor, batch_axis: int) -> None:
+        output = _batch_first(output.detach(), batch_axis)
+        count = count_over_batch(output.to(torch.bool))
+        shape = output.shape
+        self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], output.device, count, False, None))
+
+    def _count(
+        self,
+        base: str,
+        kind: str,
+        value: Tensor,
+        interval: DeadRange | None,
+        gradient_interval: DeadRange | None,
+        batch_axis: int,
+    ) -> None:
+        value = _batch_first(value.detach(), batch_axis)
+        axis = 1 if value.dim() > 1 else 0
+        count = gradient_count = None
+        if interval is not None:
+            count = count_over_batch(dead_mask(value, interval, axis))
+        if gradient_interval is not None:
+            gradient_count = count_over_batch(dead_mask(value, gradient_interval, axis))
+        shape = value.shape
+        self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], value.device, count, True, gradient_count))
+
+
+def _batch_first(value: Tensor, axis: int) -> Tensor:
+    if value.dim() == 0:
+        return value[None]
+    return value.transpose(0, axis) if axis and value.dim() > 2 else value
+
+
+def _scope_of(module: nn.Module, name: str) -> _Scope:
+    if not isinstance(module, _OWN_CODE):
+        return _Scope(name)
+    axis = 0 if module.self_attn.batch_first else 1
+    activation = module.activation
+    if isinstance(module, nn.TransformerEncoderLayer) and type(activation) in (nn.ReLU, nn.GELU):
+        return _Scope(f"{name}.activation" if name else "activation", axis, type(activation).__name__)
+    return _Scope(name, axis)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def has_own_code(module: nn.Module) -> bool:
+    """Whether a module's forward may call an activation as a function."""
+    return isinstance(module, _OWN_CODE) or not (
+        type(module).__module__.startswith("torch.nn.modules") or is_activation(module)
+    )
+
+
+def outermost_activations(names: dict[nn.Module, str]) -> dict[nn.Module, str]:
+    """Activation modules; those inside of another activation are part of it."""
+    inner = {part for module in names if is_activation(module) for part in module.modules() if part is not module}
+    return {module: name for module, name in names.items() if is_activation(module) and module not in inner}
