@@ -70,7 +70,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             found = _ArraysOnly(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
         raise DataError(f"{path} is damaged or not what its name says: {error}") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} is not what its name says: it holds a {type(found).__name__}, not a dictionary")

@@ -44,31 +44,41 @@ def load_factory(path: str) -> Callable[..., nn.Module]:
 
 def call_factory(
     path: str,
-    factory: Callable[..., nn.Module],
-    given: Mapping[str, Any],
-    activation: str | None,
-    params: Mapping[str, Any],
+    *,
+    activation: str | None = None,
+    activation_params: Mapping[str, Any] | None = None,
+    width: float = 1.0,
+    options: Mapping[str, Any] | None = None,
+    **sizes: int,
 ) -> nn.Module:
-    """Calls `factory` with what it names of `given`, and of `activation` and `activation_params`.
+    """Calls the factory that `path` names with those of its arguments that it names, and with all `options`.
 
-    An activation that the factory does not take is swapped into what it returns.
+    `sizes` are num_classes, in_channels and image_size; a factory that takes `**kwargs` gets num_classes too, since a
+    model for another number of classes is of no use. An activation that the factory does not take is swapped into what
+    it returns. Raises ValueError for an option that it does not take, and for anything but a module in return.
     """
-    offered = {**given, "activation": activation, "activation_params": params or None}
-    offered = {name: value for name, value in offered.items() if value is not None}
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except ValueError:  # some callables written in C do not tell
-        parameters = {}.values()
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    factory = load_factory(path)
+    parameters = inspect.signature(factory).parameters.values()
     named = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
-    standard = {"num_classes", "in_channels", "image_size", "width", "activation", "activation_params"}
-    refused = sorted(set(offered) - named - standard) if not takes_any else []
-    if refused:
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    asked = dict(options or {})
+    if width != 1:
+        asked["width"] = width
+    if activation is not None and "activation" in named:
+        asked["activation"] = activation
+    if activation_params and (activation is None or "activation" in named):
+        asked["activation_params"] = activation_params
+    refused = sorted(set(asked) - named)
+    if refused and not takes_any:
         raise ValueError(f"{path!r} has no option {', '.join(refused)}; it takes {', '.join(sorted(named)) or 'none'}")
-    # What it does not name it did not ask for: a factory with **kwargs hands them on to something that may refuse them.
-    model = factory(**{name: value for name, value in offered.items() if name in named or name not in standard})
+    given = {name: size for name, size in sizes.items() if name in named or (takes_any and name == "num_classes")}
+    model = factory(**given, **asked)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{path!r} returned a {type(model).__name__}, not a torch.nn.Module")
-    if activation is not None and "activation" not in named and not ap.activations.swap(model, activation, **params):
+    if (
+        activation is not None
+        and "activation" not in named
+        and not ap.activations.swap(model, activation, **(activation_params or {}))
+    ):
         raise ValueError(f"{path!r} has no activation module to replace by {activation!r}: let it take activation=")
     return model

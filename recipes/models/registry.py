@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 import ap.activations
-from recipes.models.factories import call_factory, load_factory
+from recipes.models.factories import call_factory
 from recipes.models.weights import load_weights
 
 
@@ -130,8 +130,16 @@ def create(
         raise ValueError(f"{name}: width must be above 0 and at most 64, not {width!r}")
     params = dict(activation_params or {})
     if ":" in name:
-        given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-        model = call_factory(name, load_factory(name), {**given, "width": width, **options}, activation, params)
+        model = call_factory(
+            name,
+            activation=activation,
+            activation_params=params,
+            width=width,
+            options=options,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            image_size=image_size,
+        )
     else:
         entry = _entry(name)
         unknown = sorted(set(options) - set(entry.options()))

@@ -1,10 +1,12 @@
 """Loading from each layout, packing, and what happens to files that are missing, damaged or hostile."""
 
+import contextlib
 import gzip
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -512,3 +516,16 @@ def test_packs_of_strangers(tmp_path: Path) -> None:
     pack.write_bytes(pickle.dumps({"train.images": Hostile()}))
     with pytest.raises(DamagedPackError, match="damaged"):
         read_pack(pack)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 255), st.booleans())
+def test_a_damaged_pickle_is_a_data_error_or_data(place: int, byte: int, cut: bool) -> None:
+    whole = pickle.dumps({"data": np.arange(64, dtype=np.uint8).reshape(2, 32), "labels": [3, 4]}, protocol=2)
+    place %= len(whole)
+    damaged = whole[:place] if cut else whole[:place] + bytes([byte]) + whole[place + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "batch"
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):  # and nothing else
+            assert isinstance(read_pickle(path), dict)
