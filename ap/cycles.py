@@ -162,6 +162,8 @@ class Cycles:
         Raises:
             ValueError: training never reached the step to rewind to.
         """
+        if self.variant != "none":
+            self.plugin.warn_if_nothing_can_die()
         try:
             while not self.done:
                 if not self._resumed:

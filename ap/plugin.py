@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ap import criteria
+from ap.activations.ranges import dead_range, is_activation
 from ap.criteria import Criterion, DecayTracker, Layer, layer_statistics
 from ap.masks import Masks, check_share
 from ap.names import close_names
@@ -114,6 +115,7 @@ class AP:
         self._decay = DecayTracker()
         self._handles: list[Handle] = []
         self._in_cycle = False
+        self._warned = False
 
     @property
     def model(self) -> nn.Module:
@@ -138,6 +140,7 @@ class AP:
         """
         if self._in_cycle:
             raise RuntimeError("this AP is inside a cycle already: leave it before the next one begins")
+        self.warn_if_nothing_can_die()
         self.masks.from_torch_prune_()
         alive = self.masks.alive
         total, own = split(alive, amount, self.rate)
@@ -236,6 +239,19 @@ class AP:
         self._last_zero = {name: zero.to(self._start[name].device) for name, zero in state["last_zero"].items()}
         for name, (factor, momentum) in state["decay"].items():
             self._decay.set_factor(self.masks.weight(name), factor, momentum)
+
+    def warn_if_nothing_can_die(self) -> None:
+        """Warns, once, when every activation module of the model is of a kind that cannot die."""
+        if self._warned:
+            return
+        self._warned = True
+        kinds = {type(m).__name__: dead_range(m) for m in self.model.modules() if is_activation(m)}
+        if kinds and all(interval is None for interval in kinds.values()):
+            warnings.warn(
+                f"no neuron of this model can die ({', '.join(kinds)} cannot): AP removes weights all the same, but it "
+                "wakes nothing",
+                stacklevel=4,
+            )
 
     def _count(self, count: int | None) -> int:
         alive = self.masks.alive

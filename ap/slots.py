@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, but the compiler is not imported until needed
 from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import Optimizer
 
@@ -112,6 +113,8 @@ class Handles:
             handle.remove()
 
 
+# A compiled optimizer step runs this eagerly, behind a graph break, instead of specialising on every weight and mask.
+@_disable_dynamo
 @torch.no_grad()
 def enforce(slots: list[Slot], optimizer: Optimizer) -> None:
     """After a step: one fused multiply zeroes the dead weights and their entries in the optimizer's state."""

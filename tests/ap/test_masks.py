@@ -365,3 +365,21 @@ def test_packed_bits_match_numpy_order():
     masks.remove({"weight": torch.tensor([[1, 0, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.bool)})
     bits = np.unpackbits(masks.state_dict()["bits"]["weight"].numpy(), count=9)
     assert bits.tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_a_compiled_optimizer_step_keeps_dead_weights_dead():
+    torch.manual_seed(0)
+    model = mlp(8, 16, 2)
+    masks = Masks(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    handle = masks.hold()
+    step = torch.compile(lambda: optimizer.step())
+    for amount in (0.5, 0.2, 0.1):
+        masks.prune(magnitudes(masks), amount=amount)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8)).square().sum().backward()
+            step()
+        assert all(bool((masks.weight(n)[~masks[n]] == 0).all()) for n in masks)
+    handle.remove()

@@ -1,5 +1,6 @@
 import copy
 import gc
+import warnings
 import weakref
 
 import numpy as np
@@ -408,3 +409,15 @@ def test_where_rectified_limits_the_step():
     assert set(plugin.preview(10)) == {"2.weight"}  # the first layer sees raw inputs, the last feeds nothing
     with pytest.raises(ValueError, match="no layer of this model has a rectified input"):
         AP(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2)), where="rectified")
+
+
+def test_a_model_whose_neurons_cannot_die_is_pointed_out_once():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    plugin = AP(model)
+    with pytest.warns(UserWarning, match=r"no neuron of this model can die \(Tanh cannot\)"), plugin.cycle():
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with plugin.cycle():
+            pass
+    plugin.detach()
