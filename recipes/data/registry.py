@@ -63,7 +63,7 @@ def load(
     if name == "digits":
         return digits.load_digits().split(name, digits.VAL if val is None else val, "none")
     source = SOURCES[name]
-    folder = Path(root if root is not None else os.environ.get("AP_DATA", "data"))
+    folder = Path(root if root is not None else os.environ.get("AP_DATA") or "data").expanduser()
     whole = _packed(name, source, folder, download, size or source.size)
     return whole.split(name, VAL if val is None else val, source.augment)
 

@@ -424,14 +424,14 @@ def test_odd_pickles(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_pickle_of_python_2(tmp_path: Path) -> None:
-    # Written as Python 2 and NumPy 1 did: a byte string "data" and a uint8 array [2] of 1 and 2.
+    # Written as Python 2 and NumPy 1 did: a byte string "data" and a uint8 array [2] of 1 and 255.
     text = (
         b"(dp0\nS'data'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n(I0\ntp4\nS'b'\np5\ntp6\n"
         b"Rp7\n(I1\n(I2\ntp8\ncnumpy\ndtype\np9\n(S'u1'\np10\nI0\nI1\ntp11\nRp12\n(I3\nS'|'\np13\nNNNI-1\nI-1\nI0\n"
-        b"tp14\nbI00\nS'\\x01\\x02'\np15\ntp16\nbs."
+        b"tp14\nbI00\nS'\\x01\\xff'\np15\ntp16\nbs."
     )
     (tmp_path / "batch").write_bytes(text)
-    assert read_pickle(tmp_path / "batch")["data"].tolist() == [1, 2]
+    assert read_pickle(tmp_path / "batch")["data"].tolist() == [1, 255]
 
 
 @pytest.mark.parametrize(
