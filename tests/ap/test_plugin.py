@@ -364,7 +364,7 @@ def test_most_waking_by_hand():
         model[0].weight.copy_(torch.tensor([[-0.5, -1.0], [-2.0, 1.0]]))
         model[2].weight.copy_(torch.tensor([[-1.0, -1.0]]))
     x = torch.tensor([[1.0, 0.0], [1.0, 4.0], [3.0, 4.0], [3.0, 8.0]])
-    # E[x] = (2, 4), E[x²] = (5, 24). Unit 0 is -0.5 x0 - x1: dead always; unit 1 is -2 x0 + x1: -2, 2, -2, 2: half dead.
+    # E[x] = (2, 4), E[x²] = (5, 24). Unit 0 is -0.5 x0 - x1: always dead; unit 1 is -2 x0 + x1: half dead.
     # The last layer feeds no activation: no lift at all.
     plugin = AP(model, criterion="most-waking", batches=[(x[:2], None), (x[2:], None)])
     plugin.mark_start()
