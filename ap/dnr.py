@@ -137,14 +137,12 @@ class DNRMonitor:
                 self.model.register_forward_pre_hook(Hook(self._enter)),
                 self.model.register_forward_hook(Hook(self._leave), always_call=True),
             ]
-            self._depth, self._observed = 0, None
         return self
 
     def detach(self) -> None:
         """Stops watching and leaves the model as it was; what was counted stays."""
         if self._watch is not None:
-            if self._observed is not None:
-                self._finish()
+            self._abandon()
             self._watch.remove()
             self._watch = None
         for handle in self._handles:
@@ -190,9 +188,7 @@ class DNRMonitor:
     @_uncompiled
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._depth and not _is_nested(self.model):  # the last pass was interrupted, by Ctrl-C for example
-            self._depth = 0
-            if self._observed is not None:
-                self._finish()
+            self._abandon()
         self._depth += 1
         if self._depth > 1 or self._watch is None:
             return
@@ -207,6 +203,13 @@ class DNRMonitor:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0 and self._observed is not None:
             self._finish()
+
+    def _abandon(self) -> None:
+        """Forgets the pass under way, if there is one."""
+        self._depth = 0
+        if self._observed is not None and self._watch is not None:
+            self._watch.end()
+        self._observed = None
 
     def _finish(self) -> None:
         assert self._watch is not None

@@ -109,6 +109,10 @@ def _inert(*args: Any) -> None:
     """What a hook becomes in a copied or unpickled model: nothing."""
 
 
+def _inert_hook() -> Callable[..., None]:
+    return _inert
+
+
 class Hook:
     """A hook that stays with its own model: in copies of that it does nothing."""
 
@@ -121,8 +125,8 @@ class Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert
 
-    def __reduce__(self) -> str:
-        return "_inert"
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _inert_hook, ()
 
 
 class _FunctionalCalls(TorchFunctionMode):
@@ -204,9 +208,7 @@ class Watch:
         self._active = False
         for module in self._fused:
             module.__dict__.pop("forward", None)
-        stack = torch.overrides._get_current_function_mode_stack()
-        if stack and stack[-1] is self._mode:
-            self._mode.__exit__(None, None, None)
+        _take_off_stack(self._mode)
         seen, self._seen = self._seen, []
         return seen
 
@@ -323,6 +325,16 @@ class Watch:
             gradient_count = count_over_batch(dead_mask(value, gradient_interval, axis))
         shape = value.shape
         self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], value.device, count, True, gradient_count))
+
+
+def _take_off_stack(mode: TorchFunctionMode) -> None:
+    """Ends a mode, which need not be the last one begun: other monitors' may lie above it."""
+    above: list[TorchFunctionMode] = []
+    for _ in range(torch.overrides._get_current_function_mode_stack().count(mode)):
+        while (top := torch.overrides._pop_mode()) is not mode:
+            above.append(top)
+    for other in reversed(above):
+        torch.overrides._push_mode(other)
 
 
 def _batch_first(value: Tensor, axis: int) -> Tensor:
