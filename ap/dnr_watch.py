@@ -7,8 +7,9 @@ can trace; everything else happens in `begin` and `end`, outside of any graph.  
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +154,8 @@ class Watch:
 
     def __init__(self, names: dict[nn.Module, str], eps: float | None) -> None:
         self._eps = eps
+        self._ranges = _ranges_of_calls(eps)
+        self._tanh_gelu = dead_range(nn.GELU("tanh"), eps)
         self._active = False
         self._scopes: list[_Scope] = []
         self._calls: dict[str, int] = {}
@@ -161,6 +164,14 @@ class Watch:
         self._root = _Scope("")
         self._handles: list[Any] = []
         self._fused = {module: _scope_of(module, name) for module, name in names.items() if isinstance(module, _FUSED)}
+        for module, name in names.items():
+            if not name and module in self._fused:  # its forward is chosen before a hook could replace it
+                warnings.warn(
+                    f"the model is itself an nn.{type(module).__name__}, whose fused evaluation path is off while a "
+                    "monitor is attached (outputs equal to rounding, padding not zeroed); "
+                    "to keep it, monitor a module that contains it",
+                    stacklevel=4,
+                )
         bare = {part for module in self._fused for part in module.modules()}
         self._sites: list[_Site] = []
         for module, name in outermost_activations(names).items():
@@ -292,7 +303,12 @@ class Watch:
             self._count_output(name, kind, output, scope.batch_axis)
             return output
         value = args[0] if args else kwargs["input"]
-        interval = call_dead_range(func, args, kwargs, self._eps)
+        if len(args) < 2 and all(key in ("input", "inplace") for key in kwargs):
+            interval = self._ranges[func]
+        elif kwargs.get("approximate") == "tanh":
+            interval = self._tanh_gelu
+        else:
+            interval = call_dead_range(func, args, kwargs, self._eps)
         self._count(name, kind, value, interval, None, scope.batch_axis)
         return func(*args, **kwargs)
 
@@ -354,7 +370,15 @@ def _scope_of(module: nn.Module, name: str) -> _Scope:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    """Whether somebody else's hooks keep a layer from its fused path anyway."""
+    hooks = (h for part in module.modules() for h in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
+    return any(not isinstance(hook, Hook) for hook in hooks)
+
+
+@lru_cache(maxsize=16)
+def _ranges_of_calls(eps: float | None) -> dict[Callable[..., Any], DeadRange | None]:
+    """The dead ranges of functional activations with their default arguments: a compiled graph needs them ready."""
+    return {func: call_dead_range(func, (), {}, eps) for func in FUNCTIONAL}
 
 
 def has_own_code(module: nn.Module) -> bool:
