@@ -1,6 +1,17 @@
 """Pruning criteria: one a file, a few lines each. Ranking, counting and ties live in `ap.ranking`."""
 
-from pruners import gradient, grasp, lamp, magnitude, nm, random, taylor  # noqa: F401  (they register themselves)
+from pruners import (  # noqa: F401  (they register themselves)
+    gradient,
+    grasp,
+    lamp,
+    lookahead,
+    magnitude,
+    nm,
+    random,
+    synflow,
+    taylor,
+    wanda,
+)
 from pruners.base import Pruner, create, names, register
 from pruners.schedules import Gradual
 

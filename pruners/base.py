@@ -85,13 +85,19 @@ class Pruner:
         if self.needs_data:
             if self.needs_loss:
                 self.require_data(batches, loss_fn)
-            batches = repeatable(self.require_batches(batches)) if self.rounds > 1 else self.require_batches(batches)
+            self.require_batches(batches)
+        if self.rounds > 1 and batches is not None:
+            batches = repeatable(batches)
         for done in range(1, self.rounds + 1):
             count = masks.alive - (alive - removed_by(exponential, done / self.rounds, alive, gone))
             if count > 0:
                 scores = checked(self.scores(model, masks, batches=batches, loss_fn=loss_fn), masks, self.name)
-                remove_lowest(masks, scores, count, self.density, self.scope)
+                remove_lowest(masks, self.protected(scores, masks), count, self.density, self.scope)
         return alive - masks.alive
+
+    def protected(self, scores: Mapping[str, Tensor], masks: Masks) -> Mapping[str, Tensor]:
+        """The scores that a round goes by, where something must stay whatever its score; by default as they are."""
+        return scores
 
     def require_batches(self, batches: Batches | None) -> Batches:
         """The batches, or a ValueError that says that they are missing."""
@@ -299,6 +305,19 @@ def on_device(batches: Batches, model: nn.Module) -> Iterator[tuple[Any, Any]]:
             raise ValueError(f"batches must be (inputs, targets) pairs, got a {type(batch).__name__}")
         inputs, targets = (part.to(device) if isinstance(part, Tensor) else part for part in batch)
         yield inputs, targets
+
+
+def run_batches(model: nn.Module, batches: Batches) -> None:
+    """Runs tensors, or (inputs, …) tuples, through the model in evaluation mode, without gradients."""
+    device = next(model.parameters()).device
+    seen = False
+    with undisturbed(model), torch.no_grad():
+        for batch in batches:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(inputs.to(device) if isinstance(inputs, Tensor) else inputs)
+            seen = True
+    if not seen:
+        raise ValueError("no batches: the iterable is empty (a generator that was used up?)")
 
 
 def repeatable(batches: Batches) -> Batches:
