@@ -16,13 +16,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ap.activations.ranges import check_eps, dead_range
-from ap.dnr_count import Counts
-from ap.dnr_report import DNRReport, LayerDNR, rates_of
-from ap.dnr_watch import Hook, Seen, Watch, has_own_code, outermost_activations
+from ap.dnr_report import DNRReport
+from ap.dnr_tally import Tally
+from ap.dnr_watch import Hook, Watch, has_own_code, outermost_activations
 from ap.names import named_modules, refuse_wrappers
+from ap.tensorboard import LogEntry, write_report
 
 MODES = ("train", "eval")
 
@@ -35,53 +37,12 @@ if "reason" in inspect.signature(torch.compiler.disable).parameters:
     _uncompiled = partial(torch.compiler.disable, reason=_WHY_NOT_COMPILED)
 
 
-class _Layer:
-    """What is known of one activation: its counts of being alive and, where it differs, of getting a gradient."""
-
-    def __init__(self, kind: str, can_die: bool) -> None:
-        self.kind = kind
-        self.can_die = can_die
-        self.alive: Counts | None = None
-        self.learning: Counts | None = None
-
-    def merged(self, other: _Layer | None) -> _Layer:
-        both = _Layer(self.kind, self.can_die or (other is not None and other.can_die))
-        for part in ("alive", "learning"):
-            mine, theirs = getattr(self, part), getattr(other, part, None)
-            counts = mine.clone() if mine is not None else None
-            if counts is None:
-                counts = theirs.clone() if theirs is not None else None
-            elif theirs is not None:
-                counts.merge(theirs)
-            setattr(both, part, counts)
-        return both
-
-
 class _Window:
-    """Counts of one kind of pass, from one reset to the next."""
+    """Counts of one kind of pass: summed over ranks until the last sync(), and this rank's own since."""
 
     def __init__(self) -> None:
-        self.passes = 0
-        self.layers: dict[str, _Layer] = {}
-
-    def add(self, seen: Seen) -> None:
-        layer = self.layers.setdefault(seen.name, _Layer(seen.kind, False))
-        if layer.alive is None:
-            layer.alive = Counts(seen.shape, seen.device)
-        layer.can_die |= seen.hits is not None
-        layer.alive.add_batch(seen.shape, seen.hits, seen.batch, seen.counted_dead)
-        if seen.gradient_hits is not None:
-            if layer.learning is None:
-                layer.learning = Counts(seen.shape, seen.device)
-            layer.learning.add_batch(seen.shape, seen.gradient_hits, seen.batch, counted_dead=True)
-
-    def merged(self, other: _Window) -> _Window:
-        both = _Window()
-        both.passes = self.passes + other.passes
-        for name in [*self.layers, *(name for name in other.layers if name not in self.layers)]:
-            mine, theirs = self.layers.get(name), other.layers.get(name)
-            both.layers[name] = mine.merged(theirs) if mine is not None else theirs.merged(None)  # type: ignore[union-attr]
-        return both
+        self.shared = Tally()
+        self.own = Tally()
 
 
 class DNRMonitor:
@@ -117,9 +78,11 @@ class DNRMonitor:
         self.model = model
         self.every = every
         self.eps = eps
-        self._past = {mode: _Window() for mode in MODES}  # until the last log()
-        self._window = {mode: _Window() for mode in MODES}  # since then
-        self._seen = dict.fromkeys(MODES, 0)
+        self.history: list[LogEntry] = []
+        # Until the last log(), and since then; each with what sync() has summed over ranks, and this rank's own since.
+        self._past = {mode: _Window() for mode in MODES}
+        self._window = {mode: _Window() for mode in MODES}
+        self._passes = dict.fromkeys(MODES, 0)
         self._handles: list[Any] = []
         self._watch: Watch | None = None
         self._depth = 0
@@ -170,18 +133,57 @@ class DNRMonitor:
         """
         if mode not in (None, *MODES):
             raise ValueError(f"unknown mode {mode!r}: 'train', 'eval' or None")
-        chosen = MODES if mode is None else (mode,)
-        windows = [window[kind] for kind in chosen for window in (self._past, self._window)]
-        merged = windows[0]
-        for window in windows[1:]:
-            merged = merged.merged(window)
-        return _report(merged, mode)
+        total = Tally()
+        for kind in MODES if mode is None else (mode,):
+            for window in (self._past[kind], self._window[kind]):
+                total.merge(window.shared)
+                total.merge(window.own)
+        return total.report(mode)
 
     def reset(self) -> None:
-        """Forgets what was counted; the next pass is observed."""
+        """Forgets what was counted, though not `history`; the next pass is observed."""
         for mode in MODES:
             self._past[mode], self._window[mode] = _Window(), _Window()
-        self._seen = dict.fromkeys(MODES, 0)
+        self._passes = dict.fromkeys(MODES, 0)
+
+    def sync(self, mode: str | None = None) -> DNRReport:
+        """Adds up the counts of all ranks of torch.distributed and returns the report over them; collective.
+
+        Every rank must call it. What was added up counts once, however often it is called: afterwards `report()` and
+        `log()` of every rank tell of all ranks up to here, and of their own passes since. Without torch.distributed it
+        is `report(mode)`.
+        """
+        if dist.is_available() and dist.is_initialized():
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            for windows in (self._past, self._window):
+                for window in windows.values():
+                    window.shared.merge(window.own.all_reduce(device))
+                    window.own = Tally()
+        return self.report(mode)
+
+    def log(self, writer: Any, step: int, density: float | None = None) -> None:
+        """Writes the rates of the window since the last `log()`, training and evaluation apart, and opens a new one.
+
+        Scalars such as `dnr/train/layer1.0.relu/total` and `dnr/eval/model/dynamic` (see `ap.tensorboard`). A kind of
+        pass that was not observed in the window writes nothing.
+
+        Args:
+            writer: any object with SummaryWriter's methods.
+            step: the training step.
+            density: the share of weights that are alive, kept in `history` for pictures against it.
+        """
+        for mode in MODES:
+            window, past = self._window[mode], self._past[mode]
+            both = Tally()
+            both.merge(window.shared)
+            both.merge(window.own)
+            if both.passes:
+                report = both.report(mode)
+                write_report(writer, report, step)
+                self.history.append(LogEntry.of(report, step, density))
+                past.shared.merge(window.shared)
+                past.own.merge(window.own)
+                self._window[mode] = _Window()
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
@@ -193,10 +195,10 @@ class DNRMonitor:
         if self._depth > 1 or self._watch is None:
             return
         mode = "train" if self.model.training else "eval"
-        if self._seen[mode] % self.every == 0:
+        if self._passes[mode] % self.every == 0:
             self._observed = mode
             self._watch.begin()
-        self._seen[mode] += 1
+        self._passes[mode] += 1
 
     @_uncompiled
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -216,9 +218,7 @@ class DNRMonitor:
         assert self._observed is not None
         window = self._window[self._observed]
         self._observed = None
-        window.passes += 1
-        for seen in self._watch.end():
-            window.add(seen)
+        window.own.add_pass(self._watch.end())
 
 
 def _is_nested(model: nn.Module) -> bool:
@@ -241,47 +241,6 @@ def _refuse_if_nothing_can_die(names: dict[nn.Module, str], eps: float | None) -
     kinds = sorted({type(module).__name__ for module in activations})
     found = f"its activations ({', '.join(kinds)}) cannot" if kinds else "it has no activation"
     raise ValueError(f"nothing in this model can die: {found}")
-
-
-def _report(window: _Window, mode: str | None) -> DNRReport:
-    if window.passes == 0:
-        kind = f"{mode} " if mode else ""
-        raise ValueError(
-            f"no {kind}pass was observed: call the model itself, not its submodules, between attach() and detach()"
-        )
-    mortal = {name: layer for name, layer in window.layers.items() if layer.can_die and layer.alive is not None}
-    if not mortal:
-        kinds = sorted({layer.kind for layer in window.layers.values()})
-        raise ValueError(
-            f"nothing in this model can die: its activations ({', '.join(kinds)}) cannot"
-            if kinds
-            else "nothing in this model can die: no activation was called in the passes observed"
-        )
-    alive = [layer.alive for layer in mortal.values() if layer.alive is not None]
-    rates = dict(zip(mortal, rates_of(alive), strict=True))
-    learning = {name: layer.learning for name, layer in mortal.items() if layer.learning is not None}
-    no_gradient = dict(zip(learning, rates_of(learning.values()), strict=True))
-    layers = {}
-    for name, layer in window.layers.items():
-        counts = layer.alive
-        assert counts is not None
-        total, static = rates.get(name, (None, None))
-        gradient_total, gradient_static = no_gradient.get(name, (None, None))
-        layers[name] = LayerDNR(
-            name=name,
-            kind=layer.kind,
-            units=counts.alive.numel(),
-            samples=counts.samples,
-            total=total,
-            static=static,
-            dynamic=None if total is None or static is None else total - static,
-            can_die=layer.can_die,
-            gradient_total=gradient_total,
-            gradient_static=gradient_static,
-            unit=counts.unit,
-            counts=counts,
-        )
-    return DNRReport(layers, mode, window.passes)
 
 
 @torch.no_grad()
@@ -313,6 +272,6 @@ def measure_dnr(model: nn.Module, batches: Iterable[Any], eps: float | None = No
     finally:
         for module, training in modes.items():
             module.training = training
-    if not monitor._seen["eval"]:
+    if not monitor._passes["eval"]:
         raise ValueError("measure_dnr: there are no batches")
     return monitor.report("eval")

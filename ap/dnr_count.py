@@ -82,10 +82,23 @@ class Counts:
         self._shape = tuple(shape)  # the sizes of all axes before any was summed
 
     def clone(self) -> Counts:
-        copy = Counts(torch.Size(()), self.alive.device)
+        """An independent copy."""
+        copy = Counts.of_form(self.form, self.alive.device)
         copy.alive, copy.inputs, copy.samples = self.alive.clone(), self.inputs, self.samples
-        copy.axes, copy._shape = self.axes, self._shape
         return copy
+
+    @property
+    def form(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of all axes, and which of them are kept: what another rank needs to know to add to these."""
+        return self._shape, self.axes
+
+    @classmethod
+    def of_form(cls, form: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device) -> Counts:
+        """Counts of nothing yet, in the form of others."""
+        shape, axes = form
+        counts = cls(torch.Size(shape[axis] for axis in axes), device)
+        counts._shape, counts.axes = shape, axes
+        return counts
 
     @property
     def unit(self) -> str:
@@ -108,6 +121,8 @@ class Counts:
             inputs *= shape.numel() // max(1, self.alive.numel())
             hits = None if hits is None else _sum_to(hits.to(torch.int64), self.axes)
         self._make_room(inputs)
+        if hits is not None and hits.device != self.alive.device:  # the model was moved
+            self.alive = self.alive.to(hits.device)
         if hits is None:
             self.alive.add_(inputs)
         elif counted_dead:
@@ -119,8 +134,6 @@ class Counts:
 
     def merge(self, other: Counts) -> None:
         """Adds other counts of the same layer: of another window, or another rank."""
-        if other.samples == 0:
-            return
         other = other.clone()
         axes = self.axes if self._shape == other._shape else _kept(self._shape, other._shape, self.axes)
         axes = tuple(axis for axis in axes if axis in other.axes)
