@@ -95,7 +95,7 @@ def heat_map(history: Iterable[LogEntry], mode: str = "train", rate: str = "tota
     names = list(dict.fromkeys(name for entry in entries for name in entry.layers))
     missing = Rates(float("nan"), float("nan"), float("nan"))
     values = np.array([[getattr(e.layers.get(name, missing), rate) for e in entries] for name in names])
-    return _picture(values, names, [str(e.step) for e in entries], f"{rate} dead-neuron rate ({mode}), layer × step")
+    return _picture(values, names, [str(e.step) for e in entries], f"{rate} dead-neuron rate ({mode}), layer by step")
 
 
 def density_picture(history: Iterable[LogEntry], mode: str = "train", rate: str = "dynamic") -> np.ndarray:
@@ -123,7 +123,7 @@ def density_picture(history: Iterable[LogEntry], mode: str = "train", rate: str 
         for entry in rows[density]:
             values[i, steps.index(entry.step - rows[density][0].step)] = getattr(entry.model, rate)
     labels = [f"{100 * density:.3g} %" for density in densities]
-    return _picture(values, labels, [str(s) for s in steps], f"{rate} dead-neuron rate ({mode}), density × step")
+    return _picture(values, labels, [str(s) for s in steps], f"{rate} dead-neuron rate ({mode}), density by step")
 
 
 def write_pictures(writer: Any, history: Sequence[LogEntry], step: int) -> None:
@@ -161,23 +161,36 @@ _COLOURS = np.array([[13, 8, 60], [110, 20, 125], [200, 60, 90], [250, 150, 50],
 _GREY = np.array([128, 128, 128], dtype=float)
 
 
-def colours(values: np.ndarray) -> np.ndarray:
-    """Rates in [0, 1] as uint8 colours [..., 3]; NaN is grey."""
-    clean = np.nan_to_num(np.clip(values, 0, 1), nan=0.0)
-    rgb = np.stack([np.interp(clean, np.linspace(0, 1, len(_COLOURS)), channel) for channel in _COLOURS.T], axis=-1)
+def limits(values: np.ndarray) -> tuple[float, float]:
+    """The ends of the colour scale: the range of the values, rounded outwards to steps of 5 %."""
+    low = np.floor(np.nanmin(values) * 20 + 1e-9) / 20
+    return float(low), float(max(np.ceil(np.nanmax(values) * 20 - 1e-9) / 20, low + 0.05))
+
+
+def colours(values: np.ndarray, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """Rates as uint8 colours [..., 3], dark at `low` and bright at `high`; NaN is grey."""
+    share = np.nan_to_num(np.clip((values - low) / (high - low), 0, 1), nan=0.0)
+    rgb = np.stack([np.interp(share, np.linspace(0, 1, len(_COLOURS)), channel) for channel in _COLOURS.T], axis=-1)
     rgb[np.isnan(values)] = _GREY
     return np.round(rgb).astype(np.uint8)
+
+
+_MOST_COLUMNS = 640
 
 
 def _picture(values: np.ndarray, rows: list[str], columns: list[str], title: str) -> np.ndarray:
     """Cells [rows, columns] with labels at the left and below, a title, and a scale at the right."""
     from PIL import Image, ImageDraw, ImageFont
 
+    if len(columns) > _MOST_COLUMNS:  # a long run: evenly spaced steps are shown
+        shown = np.linspace(0, len(columns) - 1, _MOST_COLUMNS).round().astype(int)
+        values, columns = values[:, shown], [columns[i] for i in shown]
     height = 14  # of a row, and of a line of text
-    width = max(2, min(40, 640 // max(1, len(columns))))
+    width = min(40, _MOST_COLUMNS // len(columns))
+    low, high = limits(values)
     font = ImageFont.load_default()
     left = 8 + int(max(font.getlength(row) for row in rows))
-    cells = np.kron(colours(values), np.ones((height, width, 1), dtype=np.uint8))
+    cells = np.kron(colours(values, low, high), np.ones((height, width, 1), dtype=np.uint8))
     right, top = left + cells.shape[1], height + 6
     bottom = top + cells.shape[0]
     size = (max(right + 70, left + int(font.getlength(title)) + 8), max(bottom, top + 5 * height) + height + 8)
@@ -193,8 +206,8 @@ def _picture(values: np.ndarray, rows: list[str], columns: list[str], title: str
         if x >= last:
             draw.text((x, bottom + 2), column, fill="black", font=font)
             last = x + font.getlength(column) + 8
-    for i, level in enumerate(np.linspace(1, 0, 5)):
+    for i, level in enumerate(np.linspace(high, low, 5)):
         y = top + i * height
-        image.paste(tuple(int(c) for c in colours(np.array(level))), (right + 10, y, right + 24, y + height))
-        draw.text((right + 28, y + 1), f"{100 * level:.0f} %", fill="black", font=font)
+        image.paste(tuple(int(c) for c in colours(np.array(level), low, high)), (right + 10, y, right + 24, y + height))
+        draw.text((right + 28, y + 1), f"{100 * level:.3g} %", fill="black", font=font)
     return np.asarray(image)
