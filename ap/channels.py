@@ -89,6 +89,11 @@ class Channels:
             else:
                 return gone
 
+    def free(self) -> dict[str, bool]:
+        """Whether every output channel of a layer could go, by the layer's path, as far as the graph is concerned."""
+        fixed = {self._root(atom) for atom in self._fixed}
+        return {node.target: fixed.isdisjoint(self._roots(self._values[node]).tolist()) for node in self._makers}
+
     def cuts(self) -> Iterator[Cut]:
         """What every module loses, for those that lose anything."""
         gone = self.removable()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +14,18 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ap.names import close_names, refuse_wrappers
 from ap.ranking import apportion, lowest, lowest_per_row, select_lowest
-from ap.slots import Filter, Handle, Handles, Slot, enforce, find_slots, gradient_hook, parameter_ids
+from ap.slots import (
+    Filter,
+    Handle,
+    Handles,
+    Kept,
+    Slot,
+    enforce,
+    find_slots,
+    follow_optimizer,
+    gradient_hook,
+    parameter_ids,
+)
 
 Scope = Literal["global", "layer", "row", "group"]
 _SCHEMA = 1
@@ -67,6 +78,8 @@ class Masks:
         self.floor = floor
         self.model = model
         self._slots = {slot.name: slot for slot in find_slots(model, include, exclude)}
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that are bound
+        self._followers: list[weakref.WeakMethod[Callable[[Mapping[nn.Parameter, Kept]], None]]] = []
         if not self._slots:
             raise ValueError(
                 f"{type(model).__name__} has nothing to prune: no convolution, linear layer or attention projection"
@@ -99,8 +112,8 @@ class Masks:
 
     @property
     def total(self) -> int:
-        """How many weights there are, dead or alive."""
-        return sum(slot.mask.numel() for slot in self._slots.values())
+        """How many weights there are, dead or alive; those removed physically count as dead."""
+        return sum(slot.total for slot in self._slots.values())
 
     @property
     def alive(self) -> int:
@@ -119,7 +132,7 @@ class Masks:
     def layer_density(self) -> dict[str, float]:
         """The share of each layer's weights that are alive, in [0, 1]."""
         alive = self.layer_alive()
-        return {name: alive[name] / max(1, slot.mask.numel()) for name, slot in self._slots.items()}
+        return {name: alive[name] / max(1, slot.total) for name, slot in self._slots.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._slot(name).current_mask()
@@ -252,6 +265,7 @@ class Masks:
                 "was it built for another model, or before the model was copied?"
             )
         slots = list(self._slots.values())
+        self._optimizers.add(optimizer)
         handles: list[Handle] = [optimizer.register_step_post_hook(lambda opt, args, kwargs: enforce(slots, opt))]
         if mask_gradients:
             handles += [
@@ -271,6 +285,43 @@ class Masks:
         weakref.finalize(self.model, handle.remove)
         return handle
 
+    def on_resize(self, follower: Callable[[Mapping[nn.Parameter, Kept]], None]) -> None:
+        """Calls `follower`, a method that is held weakly, whenever layers were made smaller."""
+        self._followers.append(weakref.WeakMethod(follower))
+
+    def follow(self, kept: Mapping[nn.Parameter, Kept]) -> int:
+        """After layers were made smaller: masks, bound optimizers' states and AP's start go along.
+
+        The parameters must be the same objects as before, with new shapes.
+
+        Args:
+            kept: for each parameter that changed, masked or not, what is left of it.
+
+        Returns:
+            How many living weights went.
+
+        Example:
+            >>> layer = nn.Linear(3, 2)
+            >>> masks = Masks(layer)
+            >>> positions = torch.tensor([[0, 2], [3, 5]])  # without the middle column
+            >>> layer.weight.data = layer.weight.data[:, [0, 2]]
+            >>> masks.follow({layer.weight: Kept(positions, torch.Size([2, 3]))})
+            2
+            >>> masks["weight"].shape, masks.alive, masks.total
+            (torch.Size([2, 2]), 4, 6)
+        """
+        before = sum(int(torch.count_nonzero(slot.mask)) for slot in self._slots.values())
+        for slot in self._slots.values():
+            if slot.parameter() in kept:
+                slot.follow(kept[slot.parameter()])
+        for optimizer in self._optimizers:
+            follow_optimizer(optimizer, kept)
+        for reference in self._followers:
+            follower = reference()
+            if follower is not None:
+                follower(kept)
+        return before - self.alive
+
     def state_dict(self) -> dict[str, Any]:
         """The masks as packed bits: safe to save with `torch.save` and to load with `weights_only=True`."""
         bits = {}
@@ -278,7 +329,8 @@ class Masks:
             packed = np.packbits(slot.current_mask().contiguous().cpu().numpy())
             bits[name] = torch.from_numpy(packed.reshape(-1))
         shapes = {name: list(slot.mask.shape) for name, slot in self._slots.items()}
-        return {"schema": _SCHEMA, "shapes": shapes, "bits": bits}
+        gone = {name: slot.gone for name, slot in self._slots.items() if slot.gone}
+        return {"schema": _SCHEMA, "shapes": shapes, "bits": bits} | ({"gone": gone} if gone else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over saved masks, and zeroes what they say is dead.
@@ -305,6 +357,7 @@ class Masks:
             new[name] = torch.from_numpy(values.astype(bool)).view(shape)
         for name, mask in new.items():
             self[name].copy_(mask)
+            self._slots[name].gone = int(state.get("gone", {}).get(name, 0))
         self.apply_()
 
     def from_torch_prune_(self) -> int:

@@ -20,7 +20,7 @@ from ap.criteria import Criterion, DecayTracker, Layer, layer_statistics
 from ap.masks import Masks, check_share
 from ap.names import close_names
 from ap.ranking import LazyScores, lowest
-from ap.slots import Handle
+from ap.slots import Handle, Kept
 
 
 class Selection(dict[str, Tensor]):
@@ -116,6 +116,7 @@ class AP:
         self._handles: list[Handle] = []
         self._in_cycle = False
         self._warned = False
+        self.masks.on_resize(self._follow)
 
     @property
     def model(self) -> nn.Module:
@@ -252,6 +253,15 @@ class AP:
                 "wakes nothing",
                 stacklevel=4,
             )
+
+    def _follow(self, kept: Mapping[nn.Parameter, Kept]) -> None:
+        """Layers were made smaller: where their weights started goes along."""
+        for name in self._start:
+            part = kept.get(self.masks.weight(name))
+            if part is not None:
+                self._start[name] = part.of(self._start[name])
+                if name in self._last_zero:
+                    self._last_zero[name] = part.of(self._last_zero[name])
 
     def _count(self, count: int | None) -> int:
         alive = self.masks.alive

@@ -6,7 +6,7 @@ import fnmatch
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,22 @@ class Handle(Protocol):
         """Removes the hook."""
 
 
+class Kept(NamedTuple):
+    """What is left of a parameter whose layer was made smaller.
+
+    Attributes:
+        positions: for each element of the new shape its position in the old one, flat; int64 in the new shape.
+        shape: the old shape.
+    """
+
+    positions: Tensor
+    shape: torch.Size
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The elements that are left of a tensor of the old shape."""
+        return tensor.reshape(-1)[self.positions.to(tensor.device)]
+
+
 class Slot:
     """One weight: where it is, and its mask. The module is held weakly, so that a hook never keeps a model alive."""
 
@@ -36,6 +52,12 @@ class Slot:
         self._module = weakref.ref(module)
         self.mask = torch.ones_like(self.parameter(), dtype=torch.bool, requires_grad=False)
         self._multipliers: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int]] = {}
+        self.gone = 0  # how many weights were removed physically: these count as dead
+
+    @property
+    def total(self) -> int:
+        """How many weights there were at first."""
+        return self.mask.numel() + self.gone
 
     def module(self) -> nn.Module:
         """The layer."""
@@ -76,6 +98,12 @@ class Slot:
         if self.mask.device != parameter.device:
             self.mask = self.mask.to(parameter.device)
         return self.mask
+
+    def follow(self, kept: Kept) -> None:
+        """Takes the mask along to the smaller shape that the weight has now."""
+        self.gone += self.mask.numel() - kept.positions.numel()
+        self.mask = kept.of(self.mask)
+        self._multipliers.clear()
 
     def multiplier(self, like: Tensor) -> Tensor:
         """The mask in dtype and strides of `like`; updated in place, so that a captured graph sees later prunings."""
@@ -133,6 +161,18 @@ def enforce(slots: list[Slot], optimizer: Optimizer) -> None:
                 multipliers.append(slot.multiplier(value))
     if tensors:
         torch._foreach_mul_(tensors, multipliers)
+
+
+def follow_optimizer(optimizer: Optimizer, kept: Mapping[nn.Parameter, Kept]) -> None:
+    """Takes an optimizer's state along: momentum and moments element by element; state of other shapes starts anew."""
+    for parameter, part in kept.items():
+        state = optimizer.state.get(parameter, {})
+        for key, value in list(state.items()):
+            if isinstance(value, Tensor) and value.shape == part.shape:
+                state[key] = part.of(value)
+            elif isinstance(value, Tensor) and value.numel() > 1:  # sums over rows or columns that are no more
+                optimizer.state.pop(parameter)
+                break
 
 
 def gradient_hook(slot: Slot) -> Callable[[Tensor], None]:

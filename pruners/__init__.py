@@ -1,6 +1,7 @@
 """Pruning criteria: one a file, a few lines each. Ranking, counting and ties live in `ap.ranking`."""
 
 from pruners import (  # noqa: F401  (they register themselves)
+    apoz,
     gradient,
     grasp,
     lamp,
@@ -8,6 +9,7 @@ from pruners import (  # noqa: F401  (they register themselves)
     magnitude,
     nm,
     random,
+    structured_importances,
     synflow,
     taylor,
     wanda,

@@ -1,0 +1,268 @@
+"""Structured pruning on torch-pruning: channels are removed physically, masks and optimizers follow.
+
+torch-pruning finds the groups of coupled channels and says how important each channel is; how many go, and which, is
+decided here, so that counts and ties are exact.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ap.channels import Channels
+from ap.graph import trace
+from ap.graph_trace import clean_name, unwrap
+from ap.masks import Masks, check_share
+from ap.ranking import apportion, lowest
+from ap.slots import Kept
+from pruners.base import Batches, LossFn, Pruner, repeatable, undisturbed
+
+
+@dataclass
+class Group:
+    """Channels that can only go together, over all the layers that make or read them."""
+
+    name: str  # of the layer that makes them
+    root: nn.Module
+    pruning: Any  # torch-pruning's function that removes the root's output channels
+    importance: Tensor  # [channels]
+    makers: list[tuple[str, Tensor, Tensor]]  # layers whose rows these are, the rows, and each row's channel
+
+
+class Structured(Pruner):
+    """Removes whole channels, physically. `amount` is a share of the channels that can go.
+
+    Parameters stay the same objects with a smaller shape. Masks follow, and so do the state of every optimizer that
+    `masks.bind` knows and AP's memory of where training started; `masks.total` goes on counting what was removed.
+
+    Channels that cannot: the model's outputs, attention's width, what LayerNorm reads, grouped convolutions, whatever
+    the graph does not let follow. Every group of channels keeps at least one.
+
+    Args:
+        example_input: a tensor [N, …] or tuple of the forward pass's arguments; not needed where there are batches.
+        ranking: "local", every group loses the same share (torch-pruning's default), or "global".
+        ignored: names of layers whose channels stay.
+    """
+
+    scope = "group"
+    takes = ("rounds",)
+    changes_shapes = True
+
+    def __init__(
+        self,
+        example_input: Any = None,
+        ranking: str = "local",
+        ignored: Iterable[str] = (),
+    ) -> None:
+        if ranking not in ("local", "global"):
+            raise ValueError(f"ranking must be 'local' or 'global', not {ranking!r}")
+        torch_pruning()
+        self.example_input = example_input
+        self.ranking = ranking
+        self.ignored = [ignored] if isinstance(ignored, str) else list(ignored)
+
+    def importance(self, model: nn.Module, batches: Batches | None, loss_fn: LossFn | None) -> Any:
+        """What torch-pruning calls with each group: a score a channel, or None to leave the group alone."""
+        raise TypeError(f"{type(self).__name__} defines no importance()")
+
+    def scores(
+        self, model: nn.Module, masks: Masks, batches: Batches | None = None, loss_fn: LossFn | None = None
+    ) -> Mapping[str, Tensor]:
+        """Each weight's score is that of its output channel; inf where the channel cannot go."""
+        scores = {name: torch.full(masks[name].shape, torch.inf) for name in masks}
+        for group in self.groups(model, batches, loss_fn):
+            for path, rows, channels in group.makers:
+                name = f"{path}.weight" if path else "weight"
+                if name in scores:
+                    shape = (-1, *(1,) * (scores[name].dim() - 1))
+                    scores[name][rows] = group.importance.cpu()[channels].float().view(shape)
+        return {name: score.to(masks[name].device) for name, score in scores.items()}
+
+    def prune(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        amount: float = 0.2,
+        batches: Batches | None = None,
+        loss_fn: LossFn | None = None,
+    ) -> int:
+        """Removes round(amount × channels) channels, and returns how many living weights went with them.
+
+        Raises:
+            ImportError: torch-pruning is not installed.
+            ValueError: an amount outside (0, 1), missing data, or no channel that can go.
+        """
+        check_share(amount, "amount", 1)
+        if self.needs_data:
+            self.require_batches(batches)
+            if self.needs_loss:
+                self.require_data(batches, loss_fn)
+        if batches is not None:
+            batches = repeatable(batches)
+        each = 1 - (1 - amount) ** (1 / self.rounds)
+        gone = 0
+        for _ in range(self.rounds):
+            groups = self.groups(model, batches, loss_fn)
+            gone += self._remove(model, masks, self.choose(groups, each), batches)
+        return gone
+
+    def choose(self, groups: list[Group], amount: float) -> list[tuple[Group, list[int]]]:
+        """Which channels go: exactly round(amount × channels), unless a group's last would be among them."""
+        if not groups:
+            raise ValueError(f"{self.name}: no channel of this model can be removed")
+        scores = {group.name: group.importance.double().cpu() for group in groups}
+        eligible = {}
+        for name, score in scores.items():
+            eligible[name] = torch.ones_like(score, dtype=torch.bool)
+            eligible[name][score.argmax()] = False
+        sizes = [score.numel() for score in scores.values()]
+        room = [size - 1 for size in sizes]
+        count = min(self.count(groups, round(amount * sum(sizes))), sum(room))
+        if self.ranking == "global":
+            chosen = lowest(scores, eligible, count)
+        else:
+            shares = apportion(count, sizes if count < sum(sizes) else room)
+            chosen = {
+                name: lowest({name: scores[name]}, {name: eligible[name]}, min(int(share), most))[name]
+                for name, share, most in zip(scores, shares, room, strict=True)
+            }
+        return [(group, chosen[group.name].nonzero()[:, 0].tolist()) for group in groups]
+
+    def count(self, groups: list[Group], wanted: int) -> int:
+        """How many channels go, where a method knows better than the amount asked for."""
+        return wanted
+
+    def groups(self, model: nn.Module, batches: Batches | None, loss_fn: LossFn | None) -> list[Group]:
+        """The groups of channels that can go, with torch-pruning's importance of each channel."""
+        tp = torch_pruning()
+        plain = unwrap(model)
+        example = self._example(plain, batches)
+        with undisturbed(plain), gradients_kept(plain):
+            free = Channels(trace(plain, example)).free()
+            with torch.enable_grad():
+                dependencies = tp.DependencyGraph().build_dependency(plain, example_inputs=example)
+                importance = self.importance(plain, batches, loss_fn)
+            names = {module: clean_name(name) for name, module in plain.named_modules()}
+            ignored = {name for name in names.values() if name in self.ignored}
+            if unknown_ones := [name for name in self.ignored if name not in ignored]:
+                raise ValueError(f"ignored: there is no layer {', '.join(unknown_ones)}")
+            found = []
+            kinds = [nn.modules.conv._ConvNd, nn.Linear]
+            for group in dependencies.get_all_groups(root_module_types=kinds):
+                root, pruning = group[0].dep.target.module, group[0].dep.handler
+                makers = [
+                    (names[dep.target.module], torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs))
+                    for item in group
+                    for dep in [item.dep]
+                    if isinstance(dep.target.module, (nn.Linear, _ConvNd))
+                    and dependencies.is_out_channel_pruning_fn(dep.handler)
+                ]
+                if any(not free.get(name, False) or name in ignored for name, *_ in makers):
+                    continue
+                with torch.no_grad():
+                    score = importance(group)
+                if score is None:
+                    continue
+                score = torch.nan_to_num(score.detach(), nan=0.0)  # 0 / 0 where a whole group's importance is zero
+                found.append(Group(names[root], root, pruning, score, makers))
+        return found
+
+    def _remove(
+        self, model: nn.Module, masks: Masks, chosen: list[tuple[Group, list[int]]], batches: Batches | None
+    ) -> int:
+        tp = torch_pruning()
+        plain = unwrap(model)
+        example = self._example(plain, batches)
+        with undisturbed(plain), torch.enable_grad():
+            dependencies = tp.DependencyGraph().build_dependency(plain, example_inputs=example)
+        with followed(plain) as kept:
+            for group, channels in chosen:
+                if channels:
+                    dependencies.get_pruning_group(group.root, group.pruning, channels).prune()
+        return masks.follow(kept)
+
+    def _example(self, model: nn.Module, batches: Batches | None) -> Any:
+        device = next(model.parameters()).device
+        example = self.example_input
+        if example is None:
+            if batches is None:
+                raise ValueError(f"{self.name} runs the model once: give it batches=, or create it with example_input=")
+            batch = next(iter(batches))
+            example = batch[0] if isinstance(batch, (tuple, list)) else batch
+            example = example[:1]
+        if isinstance(example, (tuple, list)):
+            return tuple(x.to(device) if isinstance(x, Tensor) else x for x in example)
+        return example.to(device)
+
+
+@contextmanager
+def followed(model: nn.Module) -> Iterator[dict[nn.Parameter, Kept]]:
+    """Inside, layers are made smaller by whatever means; afterwards each parameter is the same object as before.
+
+    While it lasts, parameters hold their elements' positions, so that what is left of them afterwards says which
+    elements stayed, however a layer is built. Gradients go along.
+
+    Yields:
+        Filled on leaving: what is left of each parameter that changed.
+    """
+    owners = [
+        (module, attribute, parameter)
+        for module in model.modules()
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    values = {parameter: (parameter.data, parameter.grad) for _, _, parameter in owners}
+    kept: dict[nn.Parameter, Kept] = {}
+    for parameter, (value, _) in values.items():
+        parameter.grad = None
+        positions = torch.arange(value.numel(), dtype=torch.float64, device="cpu")
+        parameter.data = positions.view(value.shape).to(value.device)
+    try:
+        yield kept
+    finally:
+        smaller = {}
+        for module, attribute, parameter in owners:
+            now = module._parameters[attribute]
+            if now is not None and now.shape != values[parameter][0].shape:
+                smaller[parameter] = now.data.long()
+            module._parameters[attribute] = parameter
+        for parameter, (value, gradient) in values.items():
+            if parameter in smaller:
+                part = kept[parameter] = Kept(smaller[parameter], value.shape)
+                value = part.of(value)
+                gradient = None if gradient is None else part.of(gradient)
+            parameter.data = value
+            parameter.grad = gradient
+
+
+@contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """The parameters start without gradients, and have their own back afterwards."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+def torch_pruning() -> Any:
+    """The library, imported when it is needed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch_pruning as tp
+    except ImportError as error:
+        raise ImportError(
+            "structured pruners use torch-pruning, which is missing: pip install 'activate-while-pruning[structured]'"
+        ) from error
+    return tp
