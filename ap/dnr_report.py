@@ -163,7 +163,7 @@ class DNRReport:
         )
         table.append(["model (by units)", "", f"{all_units:,}", f"{samples:,}", *by_units] + [""] * with_gradient)
         table.append(["mean over layers", "", "", "", *by_layers] + [""] * with_gradient)
-        lines = _align(table)
+        lines = align(table, right=range(2, len(header)))
         notes = f"dead-neuron rates, {self.mode or 'training and evaluation'} passes: {self.passes}"
         if any(layer.unit == "channel" for layer in self.layers.values()):
             notes += "; ch: units are channels, because the number of positions changed"
@@ -175,13 +175,14 @@ def _percent(rate: float | None) -> str:
     return "" if rate is None else f"{100 * rate:.2f} %"
 
 
-def _align(table: list[list[str]], left: int = 2) -> list[str]:
-    """Columns of equal width: the first `left` flush left, the others flush right."""
+def align(table: list[list[str]], right: Iterable[int] = ()) -> list[str]:
+    """Rows of cells as lines with columns of equal width, those in `right` flush right."""
+    right = set(right)
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = []
     for row in table:
         cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
+            cell.rjust(width) if i in right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

@@ -228,7 +228,11 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         # Looked up before the call, which may write into its arguments.
         node_args, node_kwargs = _replace(args, self.known), _replace(kwargs, self.known)
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        version = None if first is None else first._version
         value = func(*args, **kwargs)
+        if value is first and first is not None and first._version == version:
+            value = first.view_as(first)  # a dropout in eval mode, say: as a new object it can be told from its input
         changed = args[0] if short == "setitem" else value
         if any(isinstance(item, Tensor) for item in _flat(changed)):
             if short == "setitem":
@@ -244,7 +248,7 @@ def trace_by_running(model: nn.Module, example_input: Any) -> ModelGraph:
     inputs = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
     recorder = _Recorder(model)
     handles = []
-    pending: list[tuple[Any, Any]] = []
+    pending: list[tuple[Any, Any, Tensor | None, int | None]] = []
 
     def enter_scope(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -257,18 +261,24 @@ def trace_by_running(model: nn.Module, example_input: Any) -> ModelGraph:
 
     def enter_leaf(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not recorder.inside_leaf:
-            pending.append((_replace(args, recorder.known), _replace(kwargs, recorder.known)))
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            version = None if first is None else first._version
+            pending.append((_replace(args, recorder.known), _replace(kwargs, recorder.known), first, version))
         recorder.inside_leaf += 1
 
-    def leave_leaf(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def leave_leaf(path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
             recorder.inside_leaf -= 1
             if recorder.inside_leaf:
-                return
-            node_args, node_kwargs = pending.pop()
+                return None
+            node_args, node_kwargs, first, version = pending.pop()
+            if output is first and first is not None and first._version == version:
+                with torch._C.DisableTorchFunction():
+                    output = first.view_as(first)
             node = Node(recorder.names(path), module_kind(module), type(module).__name__, path, module)
             node.args, node.kwargs = tuple(node_args), node_kwargs
             recorder.add(node, output)
+            return output
 
         return hook
 
