@@ -9,12 +9,14 @@ from pruners import (  # noqa: F401  (they register themselves)
     magnitude,
     nm,
     random,
+    stripping,
     structured_importances,
     synflow,
     taylor,
     wanda,
 )
 from pruners.base import Pruner, create, names, register
+from pruners.compatibility import check_combination, compatibility
 from pruners.schedules import Gradual
 
-__all__ = ["Gradual", "Pruner", "create", "names", "register"]
+__all__ = ["Gradual", "Pruner", "check_combination", "compatibility", "create", "names", "register"]
