@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -91,7 +92,8 @@ class Pruner:
         for done in range(1, self.rounds + 1):
             count = masks.alive - (alive - removed_by(exponential, done / self.rounds, alive, gone))
             if count > 0:
-                scores = checked(self.scores(model, masks, batches=batches, loss_fn=loss_fn), masks, self.name)
+                scores = self.scores(model, masks, batches=batches, loss_fn=loss_fn)
+                checked(scores, masks, self.name, begun=done > 1)
                 remove_lowest(masks, self.protected(scores, masks), count, self.density, self.scope)
         return alive - masks.alive
 
@@ -217,8 +219,11 @@ def create(
     return pruner
 
 
-def checked(scores: Mapping[str, Tensor], masks: Masks, who: str) -> Mapping[str, Tensor]:
+def checked(scores: Mapping[str, Tensor], masks: Masks, who: str, begun: bool = False) -> Mapping[str, Tensor]:
     """The scores, if they say anything: finite on every living weight, and not all zero.
+
+    Args:
+        begun: some rounds are over, so that what they pruned is what cut the network off: only warn of zeros.
 
     Raises:
         ValueError: naming the layer that has a score which is not finite, or when every score is zero.
@@ -232,7 +237,11 @@ def checked(scores: Mapping[str, Tensor], masks: Masks, who: str) -> Mapping[str
         if not bool(torch.isfinite(total)) and not bool((torch.isfinite(score) | ~masks[name]).all()):
             raise ValueError(f"{who}: {name} has scores that are not finite")
         informative = informative or bool(((score != 0) & masks[name]).any())
-    if not informative:
+    if not informative and begun:
+        warnings.warn(
+            f"{who}: pruning has cut the network off, every score is zero; the rest goes by position", stacklevel=3
+        )
+    elif not informative:
         raise ValueError(
             f"{who}: every score is zero, so they rank nothing. Do the gradients vanish, e.g. behind a layer that was "
             "initialised with zeros?"

@@ -44,34 +44,24 @@ def kept(masks: Masks, density: str, keep: int) -> dict[str, int]:
     floors = {name: min(masks.floor, n) for name, n in alive.items()}
     if keep < sum(floors.values()):
         raise ValueError(f"cannot keep just {keep}: the floor of {masks.floor} a layer needs {sum(floors.values())}")
-    fixed: dict[str, int] = {}
-    while True:
-        free = [name for name in masks if name not in fixed]
-        rest = keep - sum(fixed.values())
-        scale = rest / max(1, sum(weights[name] for name in free))
-        full = {name: alive[name] for name in free if weights[name] * scale >= alive[name]}
-        low = {name: floors[name] for name in free if weights[name] * scale < floors[name]}
-        bound = full or low  # one kind at a time: each changes what the other has to share
-        if not bound:
-            break
-        fixed |= bound
-    shares = _split(rest, [weights[name] for name in free], [alive[name] for name in free])
-    return {name: fixed.get(name, shares.get(free.index(name), 0) if name in free else 0) for name in masks}
+    # What a common factor gives each layer, within its limits, grows with the factor: bisection finds the right one.
+    low, high = 0.0, max(1.0, *(alive[name] / max(1, weights[name]) for name in masks))
+    for _ in range(100):
+        middle = (low + high) / 2
+        given = sum(_within(weights[name] * middle, floors[name], alive[name]) for name in masks)
+        low, high = (middle, high) if given <= keep else (low, middle)
+    exact = {name: _within(weights[name] * low, floors[name], alive[name]) for name in masks}
+    shares = {name: int(value) for name, value in exact.items()}
+    rest = keep - sum(shares.values())
+    for name in sorted(masks, key=lambda name: shares[name] - exact[name]):  # the largest remainders first
+        if rest and shares[name] < alive[name]:
+            shares[name] += 1
+            rest -= 1
+    return shares
 
 
-def _split(total: int, weights: list[int], limits: list[int]) -> dict[int, int]:
-    """`total` in proportion to `weights` by largest remainder, part i at most limits[i]."""
-    if not weights:
-        return {}
-    whole = sum(weights)
-    shares = [total * weight // whole for weight in weights]
-    order = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
-    missing = total - sum(shares)
-    for i in [*order, *order]:
-        if missing and shares[i] < limits[i]:
-            shares[i] += 1
-            missing -= 1
-    return dict(enumerate(shares))
+def _within(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
 
 
 def remove_lowest(masks: Masks, scores: Mapping[str, Tensor], count: int, density: str, scope: str) -> int:

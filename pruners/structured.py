@@ -141,13 +141,12 @@ class Structured(Pruner):
 
     def groups(self, model: nn.Module, batches: Batches | None, loss_fn: LossFn | None) -> list[Group]:
         """The groups of channels that can go, with torch-pruning's importance of each channel."""
-        tp = torch_pruning()
         plain = unwrap(model)
         example = self._example(plain, batches)
         with undisturbed(plain), gradients_kept(plain):
             free = Channels(trace(plain, example)).free()
             with torch.enable_grad():
-                dependencies = tp.DependencyGraph().build_dependency(plain, example_inputs=example)
+                dependencies = _dependencies(plain, example)
                 importance = self.importance(plain, batches, loss_fn)
             names = {module: clean_name(name) for name, module in plain.named_modules()}
             ignored = {name for name in names.values() if name in self.ignored}
@@ -177,11 +176,10 @@ class Structured(Pruner):
     def _remove(
         self, model: nn.Module, masks: Masks, chosen: list[tuple[Group, list[int]]], batches: Batches | None
     ) -> int:
-        tp = torch_pruning()
         plain = unwrap(model)
         example = self._example(plain, batches)
         with undisturbed(plain), torch.enable_grad():
-            dependencies = tp.DependencyGraph().build_dependency(plain, example_inputs=example)
+            dependencies = _dependencies(plain, example)
         with followed(plain) as kept:
             for group, channels in chosen:
                 if channels:
@@ -200,6 +198,12 @@ class Structured(Pruner):
         if isinstance(example, (tuple, list)):
             return tuple(x.to(device) if isinstance(x, Tensor) else x for x in example)
         return example.to(device)
+
+
+def _dependencies(model: nn.Module, example: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of parameters outside of layers: nothing that they carry can go
+        return torch_pruning().DependencyGraph().build_dependency(model, example_inputs=example)
 
 
 @contextmanager

@@ -59,6 +59,7 @@ def input_squares(model: nn.Module, masks: Masks, batches: Batches) -> dict[str,
 @contextmanager
 def _watched(masks: Masks, add: Callable[[str, Tensor], None]) -> Iterator[None]:
     handles = []
+    again: set[nn.Module] = set()  # attention that runs a second time, for what its output projection sees
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would go around the hooks
     try:
@@ -66,9 +67,9 @@ def _watched(masks: Masks, add: Callable[[str, Tensor], None]) -> Iterator[None]
             module, owned = masks.module(name), name.rpartition(".")[2]
             parent = _attention_of(masks, module)
             if parent is not None:
-                handles.append(parent.register_forward_hook(_attended(name, module, add), with_kwargs=True))
+                handles.append(parent.register_forward_hook(_attended(name, module, add, again), with_kwargs=True))
             elif isinstance(module, nn.MultiheadAttention):
-                handles.append(module.register_forward_pre_hook(_projected(name, owned, add), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(_projected(name, owned, add, again), with_kwargs=True))
             elif isinstance(module, nn.Linear):
                 handles.append(module.register_forward_pre_hook(_linear(name, add)))
             elif isinstance(module, _ConvNd) and not module.transposed:
@@ -126,10 +127,12 @@ def _convolved(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., N
     return hook
 
 
-def _projected(name: str, owned: str, add: Callable[[str, Tensor], None]) -> Callable[..., None]:
+def _projected(name: str, owned: str, add: Callable[[str, Tensor], None], again: set[nn.Module]) -> Callable[..., None]:
     """Attention's input projections: the query's features meet the first rows, then the key's, then the value's."""
 
     def hook(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module in again:
+            return
         given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         parts = (
             ("query", "key", "value")
@@ -141,22 +144,22 @@ def _projected(name: str, owned: str, add: Callable[[str, Tensor], None]) -> Cal
     return hook
 
 
-def _attended(name: str, projection: nn.Module, add: Callable[[str, Tensor], None]) -> Callable[..., None]:
+def _attended(
+    name: str, projection: nn.Module, add: Callable[[str, Tensor], None], again: set[nn.Module]
+) -> Callable[..., None]:
     """The input of attention's output projection: attention's own output with the identity for a projection."""
 
-    busy: list[bool] = []
-
     def hook(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if busy:
+        if module in again:
             return
         weight = projection.get_parameter("weight")
         plain = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
         if projection.bias is not None:
             plain["out_proj.bias"] = torch.zeros_like(weight[0])
-        busy.append(True)
+        again.add(module)
         try:
             add(name, _features(torch.func.functional_call(module, plain, args, kwargs)[0])[None])
         finally:
-            busy.clear()
+            again.discard(module)
 
     return hook
