@@ -8,8 +8,10 @@ by the row-major position within a layer.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -94,50 +96,77 @@ def lowest(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int)
 
 def select_lowest(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Tensor]]:
     """`lowest`, layer by layer: only one layer's selection is in memory. Errors come before the first one."""
-    names = list(eligible)
-    dtype = _check(scores, eligible)
-    counts = {name: int(torch.count_nonzero(eligible[name])) for name in names}
-    size = sum(counts.values())
+    source = _Source(scores, eligible)
+    size = sum(source.counts.values())
     if not 0 <= k <= size:
         raise ValueError(f"cannot select {k} of {size} elements")
-    # A mask with every element set is not worth reading again and again.
-    masks = {name: None if counts[name] == eligible[name].numel() else eligible[name] for name in names}
-
-    def layer(name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for values, mask in _chunks(scores[name].detach(), masks[name]):
-            yield values.to(dtype), mask
-
-    def chunks() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for name in names:
-            if counts[name]:
-                yield from layer(name)
-
-    threshold, ties = -math.inf, 0
-    if k:
-        threshold, ties = _kth_lowest(chunks, size, k, lambda: _first_nan(scores, eligible))
-    return ((name, chosen) for name, chosen in _pick(names, layer, eligible, threshold, ties))
+    threshold = _kth_lowest(source, size, k) if k else _Threshold(-math.inf, 0, False)
+    return ((name, chosen) for name, chosen in _pick(source, threshold))
 
 
-def _pick(
-    names: Sequence[str],
-    layer: Callable[[str], Iterator[tuple[Tensor, Tensor | None]]],
-    eligible: Mapping[str, Tensor],
-    threshold: float,
-    ties: int,
-) -> Iterator[tuple[str, Tensor]]:
-    """What lies below the threshold, and the first `ties` elements that equal it, in row-major order."""
-    for name in names:
-        chosen = torch.zeros(eligible[name].shape, dtype=torch.bool, device=eligible[name].device)
+class _Source:
+    """Scores and what may be selected of them, as flat chunks in row-major order, again and again."""
+
+    def __init__(self, scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor]) -> None:
+        self.scores, self.eligible = scores, eligible
+        self.counts = {name: int(torch.count_nonzero(mask)) for name, mask in eligible.items()}
+        self.names = [name for name in eligible if self.counts[name]]
+        self._dtypes: dict[str, torch.dtype] = {}  # known after the first pass
+        self._common: torch.dtype | None = None
+
+    def layer(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        score, mask = self.scores[name].detach(), self.eligible[name]
+        if self._common is None:
+            self._check(name, score, mask)
+        # A mask with every element set is not worth reading again and again.
+        for values, part in _chunks(score, None if self.counts[name] == mask.numel() else mask):
+            yield values if self._common is None else values.to(self._common), part
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """One pass. The first one, which compares with infinities only, finds the dtype that holds all scores."""
+        for name in self.names:
+            yield from self.layer(name)
+        if self._common is None:
+            self._common = functools.reduce(torch.promote_types, self._dtypes.values())
+
+    def _check(self, name: str, score: Tensor, mask: Tensor) -> None:
+        if score.shape != mask.shape:
+            raise ValueError(f"{name}: scores of shape {list(score.shape)} for weights of shape {list(mask.shape)}")
+        if not score.dtype.is_floating_point:
+            raise TypeError(f"{name}: scores must be floating point, not {score.dtype}")
+        self._dtypes[name] = score.dtype
+
+    def first_nan(self) -> str | None:
+        for name in self.names:
+            if bool(torch.isnan(self.scores[name]).logical_and_(self.eligible[name]).any()):
+                return name
+        return None
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """What is below `value` goes, and of what equals it the first `ties`, which may be all of them."""
+
+    value: float
+    ties: int
+    all_ties: bool
+
+
+def _pick(source: _Source, threshold: _Threshold) -> Iterator[tuple[str, Tensor]]:
+    ties = threshold.ties
+    compare = torch.le if threshold.all_ties else torch.lt
+    for name, eligible in source.eligible.items():
+        chosen = torch.zeros(eligible.shape, dtype=torch.bool, device=eligible.device)
         flat, at = chosen.view(-1), 0
-        for values, mask in layer(name):
+        for values, mask in source.layer(name) if source.counts[name] else ():
             part = flat[at : at + values.numel()]
             at += values.numel()
-            torch.lt(values, threshold, out=part)
-            equal = values == threshold if ties else None
+            compare(values, threshold.value, out=part)
             if mask is not None:
                 part &= mask
-            if equal is None:
+            if threshold.all_ties or not ties:
                 continue
+            equal = values == threshold.value
             if mask is not None:
                 equal &= mask
             here = int(torch.count_nonzero(equal))
@@ -176,20 +205,6 @@ def lowest_per_row(scores: Tensor, eligible: Tensor, quotas: Tensor) -> Tensor:
     return chosen
 
 
-def _check(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype that holds every layer's scores exactly; raises where a score does not fit its layer."""
-    dtype: torch.dtype | None = None
-    for name, mask in eligible.items():
-        score = scores[name]
-        if score.shape != mask.shape:
-            raise ValueError(f"{name}: scores of shape {list(score.shape)} for weights of shape {list(mask.shape)}")
-        if not score.dtype.is_floating_point:
-            raise TypeError(f"{name}: scores must be floating point, not {score.dtype}")
-        dtype = score.dtype if dtype is None else torch.promote_types(dtype, score.dtype)
-    assert dtype is not None
-    return dtype
-
-
 def _chunks(values: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Flat pieces of at most about CHUNK elements; only pieces of a strided tensor are copied, never the whole."""
     if values.numel() <= CHUNK or values.dim() == 0:
@@ -206,13 +221,6 @@ def _chunks(values: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tenso
                 yield from _chunks(values[0], None if mask is None else mask[0])
             else:
                 yield from _chunks(values[part].contiguous(), None if mask is None else mask[part].contiguous())
-
-
-def _first_nan(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor]) -> str | None:
-    for name, mask in eligible.items():
-        if bool(torch.isnan(scores[name]).logical_and_(mask).any()):
-            return name
-    return None
 
 
 class _Bracket:
@@ -232,36 +240,26 @@ class _Bracket:
         return values < self.high if self.high_open else values <= self.high
 
 
-def _kth_lowest(
-    chunks: Callable[[], Iterator[tuple[Tensor, Tensor | None]]],
-    size: int,
-    k: int,
-    first_nan: Callable[[], str | None],
-) -> tuple[float, int]:
-    """The k-th lowest value t (k ≥ 1), and how many of the elements equal to t belong to the k lowest."""
+def _kth_lowest(source: _Source, size: int, k: int) -> _Threshold:
+    """The k-th lowest value, k ≥ 1."""
     outer = _Bracket()  # holds the k-th lowest value for certain
     outside_below = 0  # how many eligible elements are below it
     inside = size
-    exact = False  # guess single values instead of a bracket: for distributions with few distinct values
+    stride = max(1, size // SAMPLE)
     while True:
-        stride = max(1, inside // SAMPLE) if outer.low == -math.inf and outer.high == math.inf else 1
-        sample = _sample(chunks, outer, stride)
+        sample = _sample(source, outer, stride)
+        stride = 1
         if sample.numel() == 0:  # nothing but NaN is left to look at
-            raise ValueError(f"{first_nan()}: scores contain NaN")
-        n = sample.numel()
-        at = min(n - 1, max(0, round((k - outside_below) / inside * n)))
-        margin = 0 if exact else math.ceil(4 * math.sqrt(n * max(at / n * (1 - at / n), 1 / n))) + 1
-        guess = _Bracket()
-        guess.low = float(sample[max(0, at - margin)])
-        guess.high = float(sample[min(n - 1, at + margin)])
-        below, found, values = _count(chunks, guess, first_nan)
+            raise ValueError(f"{source.first_nan()}: scores contain NaN")
+        guess = _guess(sample, (k - outside_below) / inside)
+        below, found, values = _count(source, guess)
         if below < k <= below + found:
             if guess.low == guess.high:
-                return guess.low, k - below
+                return _Threshold(guess.low, k - below, k == below + found)
             if values is not None:
                 t = float(torch.kthvalue(values, k - below).values)
-                return t, k - below - int(torch.count_nonzero(values < t))
-            exact = guess.low == outer.low and guess.high == outer.high  # nothing gained: look at single values
+                lower, equal = (int(torch.count_nonzero(v)) for v in (values < t, values == t))
+                return _Threshold(t, k - below - lower, k == below + lower + equal)
             outer, outside_below, inside = guess, below, found
         elif k <= below:
             outer.high, outer.high_open = guess.low, True
@@ -272,10 +270,28 @@ def _kth_lowest(
             outside_below = below + found
 
 
-def _sample(chunks: Callable[[], Iterator[tuple[Tensor, Tensor | None]]], inside: _Bracket, stride: int) -> Tensor:
+def _guess(sample: Tensor, share: float) -> _Bracket:
+    """Where in a sorted sample the quantile `share` lies, nearly for certain, or one value that has many ties.
+
+    A value that makes up much of the sample is looked at by itself: a bracket that holds it stays too large to collect.
+    """
+    n = sample.numel()
+    at = min(n - 1, max(0, round(share * n)))
+    margin = math.ceil(4 * math.sqrt(n * max(at / n * (1 - at / n), 1 / n))) + 1
+    guess = _Bracket()
+    guess.low, guess.high = float(sample[max(0, at - margin)]), float(sample[min(n - 1, at + margin)])
+    for value in (float(sample[at]), guess.low, guess.high):
+        if int(torch.count_nonzero(sample == value)) > n / 20:
+            guess.low = guess.high = value
+            break
+    return guess
+
+
+def _sample(source: _Source, inside: _Bracket, stride: int) -> Tensor:
     """Sorted values of the bracket, at most a few times SAMPLE of them, evenly spread over all positions."""
-    taken, count = [], 0
-    for values, mask in chunks():
+    taken: list[Tensor] = []
+    count = 0
+    for values, mask in source.chunks():
         picked = values[::stride] if stride > 1 else values
         keep = inside.up_to(picked) & ~inside.below(picked)
         if mask is not None:
@@ -283,23 +299,19 @@ def _sample(chunks: Callable[[], Iterator[tuple[Tensor, Tensor | None]]], inside
         picked = picked[keep]
         taken.append(picked)
         count += picked.numel()
-        if count > 4 * SAMPLE and stride == 1:  # thin out what there is: half of it, again and again
+        if count > 4 * SAMPLE and stride == 1:  # thin out what there is, again and again
             taken = [torch.cat([t.to(taken[0].device) for t in taken])[::4].clone()]
             count = taken[0].numel()
     return torch.cat([t.to(taken[0].device) for t in taken]).sort().values
 
 
-def _count(
-    chunks: Callable[[], Iterator[tuple[Tensor, Tensor | None]]],
-    inside: _Bracket,
-    first_nan: Callable[[], str | None],
-) -> tuple[int, int, Tensor | None]:
+def _count(source: _Source, inside: _Bracket) -> tuple[int, int, Tensor | None]:
     """One pass: how many lie below and inside the bracket, and those inside (None when they are too many)."""
     counts: dict[torch.device, Tensor] = {}  # below and inside, on each device: read once, at the end
     sums: dict[torch.device, Tensor] = {}
     collected: Tensor | None = None
     gathered = 0
-    for values, mask in chunks():
+    for values, mask in source.chunks():
         below = inside.below(values)
         within = inside.up_to(values)
         if mask is not None:
@@ -321,7 +333,7 @@ def _count(
     if any(
         math.isnan(float(total)) for total in sums.values()
     ):  # a NaN, or infinities of either sign: only now look closely
-        name = first_nan()
+        name = source.first_nan()
         if name is not None:
             raise ValueError(f"{name}: scores contain NaN")
     assert collected is not None
