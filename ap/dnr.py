@@ -106,7 +106,6 @@ class DNRMonitor:
         """Stops watching and leaves the model as it was; what was counted stays."""
         if self._watch is not None:
             self._abandon()
-            self._watch.remove()
             self._watch = None
         for handle in self._handles:
             handle.remove()

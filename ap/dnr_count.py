@@ -21,26 +21,33 @@ def count_over_batch(mask: Tensor) -> Tensor:
     The bytes of the mask are added eight at a time as int64: no byte can carry into its neighbour within 255 rows.
     That reads one byte an element, where a sum of bools converts each to an integer first.
     """
-    batch, unit_shape = mask.shape[0], mask.shape[1:]
-    units = unit_shape.numel()
-    lane = torch.int64 if units % 8 == 0 else torch.int32 if units % 4 == 0 else None
-    if (
-        lane is None or batch * units == 0 or torch.compiler.is_compiling()
-    ):  # a compiler fuses the plain sum with the mask
+    if torch.compiler.is_compiling():  # a compiler fuses the plain sum with what makes the mask
         return mask.sum(0, dtype=torch.int32)
-    # Dense in either layout: the batch axis is outermost, so that [N, units] is the memory as it lies.
-    channels_last = mask.dim() == 4 and not mask.is_contiguous()
-    channels_last = channels_last and mask.is_contiguous(memory_format=torch.channels_last)
-    if channels_last:
-        mask, unit_shape = mask.permute(0, 2, 3, 1), torch.Size([mask.shape[2], mask.shape[3], mask.shape[1]])
-    rows = mask.contiguous().view(batch, units).view(lane)
-    total: Tensor | None = None
-    for start in range(0, batch, _LANE):
-        part = rows[start : start + _LANE].sum(0, dtype=lane).view(torch.uint8)
-        total = part if batch <= _LANE else (part.to(torch.int32) if total is None else total.add_(part))
-    assert total is not None
-    total = total.view(unit_shape)
-    return total.permute(2, 0, 1) if channels_last else total
+    if mask.dim() == 4 and mask.stride(1) == 1 and not mask.is_contiguous():  # channels last
+        return count_over_batch(mask.permute(0, 2, 3, 1)).permute(2, 0, 1)
+    shape = mask.shape
+    if not shape.numel():
+        return mask.sum(0, dtype=torch.int32)
+    if not mask.is_contiguous():
+        mask = mask.contiguous()
+    lane = _lane(shape[-1]) if len(shape) > 1 else None
+    if lane is None:
+        lane = _lane(shape[1:].numel())
+        if lane is None:
+            return mask.sum(0, dtype=torch.int32)
+        mask = mask.view(shape[0], -1)
+    rows = mask.view(lane)
+    if shape[0] <= _LANE:
+        return rows.sum(0, dtype=lane).view(torch.uint8).view(shape[1:])
+    parts = (rows[i : i + _LANE].sum(0, dtype=lane).view(torch.uint8) for i in range(0, shape[0], _LANE))
+    total = next(parts).to(torch.int32)
+    for part in parts:
+        total.add_(part)
+    return total.view(shape[1:])
+
+
+def _lane(size: int) -> torch.dtype | None:
+    return torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else None
 
 
 def dead_mask(values: Tensor, interval: DeadRange, channel_axis: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from ap.activations.ranges import (
     FUNCTIONAL,
@@ -162,7 +163,7 @@ class Watch:
         self._seen: list[Seen] = []
         self._mode = _FunctionalCalls(self)
         self._root = _Scope("")
-        self._handles: list[Any] = []
+        self._entries: list[tuple[dict[int, Any], int, Any]] = []
         self._fused = {module: _scope_of(module, name) for module, name in names.items() if isinstance(module, _FUSED)}
         for module, name in names.items():
             if not name and module in self._fused:  # its forward is chosen before a hook could replace it
@@ -181,22 +182,23 @@ class Watch:
             if name and has_own_code(module) and not isinstance(module, _FUSED):
                 self._watch_scope(module, _scope_of(module, name))
 
-    def remove(self) -> None:
-        """Takes every hook away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
     def _watch_activation(self, site: _Site) -> None:
         site.refresh(self._eps)
         self._sites.append(site)
-        before = Hook(partial(self._before, site))
-        self._handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(site.module.register_forward_hook(Hook(partial(self._after, site))))
+        before, after = Hook(partial(self._before, site)), Hook(partial(self._after, site))
+        self._keep(site.module.register_forward_pre_hook(before, with_kwargs=True), site.module)
+        self._keep(site.module.register_forward_hook(after), site.module)
 
     def _watch_scope(self, module: nn.Module, scope: _Scope) -> None:
-        self._handles.append(module.register_forward_pre_hook(Hook(partial(self._enter, scope))))
-        self._handles.append(module.register_forward_hook(Hook(self._leave)))
+        self._keep(module.register_forward_pre_hook(Hook(partial(self._enter, scope))), module)
+        self._keep(module.register_forward_hook(Hook(self._leave)), module)
+
+    def _keep(self, handle: RemovableHandle, module: nn.Module) -> None:
+        """Takes a hook off again and notes where it was: it is put on for observed passes only."""
+        for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks):
+            if handle.id in hooks:
+                self._entries.append((hooks, handle.id, hooks[handle.id]))
+        handle.remove()
 
     # --- outside of any graph ----------------------------------------------------------------------------------------
 
@@ -211,12 +213,16 @@ class Watch:
         for module, scope in self._fused.items():
             if not (module.training and isinstance(module, nn.MultiheadAttention)):
                 module.__dict__["forward"] = partial(self._run_fused, module, scope)
+        for hooks, key, value in self._entries:
+            hooks[key] = value
         self._active = True
         self._mode.__enter__()
 
     def end(self) -> list[Seen]:
         """Stops observing; what was seen, in order."""
         self._active = False
+        for hooks, key, _ in self._entries:
+            hooks.pop(key, None)
         for module in self._fused:
             module.__dict__.pop("forward", None)
         _take_off_stack(self._mode)
@@ -318,12 +324,26 @@ class Watch:
         return base if call == 1 else f"{base}:{call}"
 
     def _count_output(self, base: str, kind: str, output: Tensor, batch_axis: int) -> None:
+        if torch.compiler.is_compiling():
+            self._add_output(base, kind, output, batch_axis)
+        else:
+            with torch._C.DisableTorchFunction():  # the mode need not see the counting itself
+                self._add_output(base, kind, output, batch_axis)
+
+    def _add_output(self, base: str, kind: str, output: Tensor, batch_axis: int) -> None:
         output = _batch_first(output.detach(), batch_axis)
         count = count_over_batch(output.to(torch.bool))
         shape = output.shape
         self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], output.device, count, False, None))
 
-    def _count(
+    def _count(self, *call: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._add(*call)
+        else:
+            with torch._C.DisableTorchFunction():
+                self._add(*call)
+
+    def _add(
         self,
         base: str,
         kind: str,
