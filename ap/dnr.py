@@ -191,7 +191,7 @@ class DNRMonitor:
         if self._depth and not _is_nested(self.model):  # the last pass was interrupted, by Ctrl-C for example
             self._abandon()
         self._depth += 1
-        if self._depth > 1 or self._watch is None:
+        if self._depth > 1 or self._watch is None or torch.jit.is_tracing() or _is_exporting():
             return
         mode = "train" if self.model.training else "eval"
         if self._passes[mode] % self.every == 0:
@@ -218,6 +218,11 @@ class DNRMonitor:
         window = self._window[self._observed]
         self._observed = None
         window.own.add_pass(self._watch.end())
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export is making a graph, which must not hold the counting."""
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
 
 def _is_nested(model: nn.Module) -> bool:

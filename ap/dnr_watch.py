@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -227,7 +228,7 @@ class Watch:
             module.__dict__.pop("forward", None)
         _take_off_stack(self._mode)
         seen, self._seen = self._seen, []
-        return seen
+        return [call for call in seen if not (call.device.type == "meta" or isinstance(call.hits, FakeTensor))]
 
     def _run_fused(self, module: nn.Module, scope: _Scope, *args: Any, **kwargs: Any) -> Any:
         """Runs a module as it would run unobserved, so that its output is the same to the bit, and counts beside it."""
@@ -331,7 +332,7 @@ class Watch:
                 self._add_output(base, kind, output, batch_axis)
 
     def _add_output(self, base: str, kind: str, output: Tensor, batch_axis: int) -> None:
-        output = _batch_first(output.detach(), batch_axis)
+        output = _batch_first(_unwrapped(output.detach()), batch_axis)
         count = count_over_batch(output.to(torch.bool))
         shape = output.shape
         self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], output.device, count, False, None))
@@ -352,7 +353,7 @@ class Watch:
         gradient_interval: DeadRange | None,
         batch_axis: int,
     ) -> None:
-        value = _batch_first(value.detach(), batch_axis)
+        value = _batch_first(_unwrapped(value.detach()), batch_axis)
         axis = 1 if value.dim() > 1 else 0
         count = gradient_count = None
         if interval is not None:
@@ -371,6 +372,21 @@ def _take_off_stack(mode: TorchFunctionMode) -> None:
             above.append(top)
     for other in reversed(above):
         torch.overrides._push_mode(other)
+
+
+def _unwrapped(value: Tensor) -> Tensor:
+    """A plain tensor: of a transform of torch.func, what it wraps; what vmap maps over is part of the batch."""
+    if torch.compiler.is_compiling():
+        return value
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            axis = functorch.maybe_get_bdim(value)
+            value = functorch.get_unwrapped(value).movedim(axis, 0)
+            value = value.flatten(0, 1) if value.dim() > 1 else value
+        else:
+            value = functorch.get_unwrapped(value)
+    return value
 
 
 def _batch_first(value: Tensor, axis: int) -> Tensor:

@@ -527,3 +527,52 @@ def test_counts_do_not_overflow():
     counts.add_batch(torch.Size([2]), torch.tensor([5, 0]), 5)
     assert counts.alive.tolist() == [2**31 + 2, 0]
     assert counts.inputs == 2**31 + 2
+
+
+def test_transforms_of_torch_func():
+    from torch.func import functional_call, grad, jvp, vmap
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    x = torch.randn(5, 4)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        return functional_call(model, parameters, (x,)).sum()
+
+    stacked = {name: value.expand(3, *value.shape) for name, value in parameters.items()}
+    calls = {
+        "functional_call": (5, lambda: loss(parameters, x)),
+        "grad": (5, lambda: grad(loss)(parameters, x)),
+        "jvp": (5, lambda: jvp(lambda x: loss(parameters, x), (x,), (x,))),
+        "gradients per sample": (5, lambda: vmap(grad(loss), (None, 0))(parameters, x[:, None])),
+        "ensemble": (15, lambda: vmap(loss, (0, None))(stacked, x)),
+    }
+    expected = (model[0](x) <= 0).double().mean().item()
+    for name, (samples, call) in calls.items():
+        with DNRMonitor(model, every=1) as monitor:
+            call()
+        layer = monitor.report().layers["1"]
+        assert (layer.samples, layer.units) == (samples, 8), name
+        assert layer.total == pytest.approx(expected), name
+
+
+def test_passes_that_compute_nothing_are_not_counted():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    x = torch.randn(5, 4)
+    with DNRMonitor(model, every=1) as monitor:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(x)
+        exported = torch.export.export(model, (x,))
+        assert "bool" not in exported.graph_module.code
+        model(x)
+    assert monitor.report().layers["1"].samples == 5
+
+
+def test_a_model_that_moves_keeps_its_counts():
+    model = nn.Sequential(nn.Flatten(), nn.ReLU())
+    with DNRMonitor(model, every=1) as monitor:
+        model(torch.tensor([[1.0, -1.0]]))
+        model.double()(torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+    assert monitor.report().layers["1"].alive_counts()[0].tolist() == [2, 0]
