@@ -8,12 +8,16 @@ from torch import nn
 
 import ap.activations
 from recipes.models.registry import Request, register
+from recipes.models.weights import draw_weights
 
 MODELS = {"resnet18": "relu", "resnet50": "relu", "vgg16_bn": "relu", "vit_b_16": "gelu"}
 
 
 def build(request: Request, model: str, published: str) -> nn.Module:
-    """torchvision's `model`; another activation than the `published` one is swapped in."""
+    """torchvision's `model`, with its initial weights; another activation than the `published` one is swapped in.
+
+    The convolutional networks then get weights for it. A vision transformer keeps its own: LayerNorm sets the scale.
+    """
     from torchvision import models
 
     if request.in_channels != 3:
@@ -30,8 +34,12 @@ def build(request: Request, model: str, published: str) -> nn.Module:
     made = models.get_model(model, weights=None, num_classes=request.num_classes, **options)
     if request.activation_name != published or request.activation_params:
         ap.activations.swap(made, request.activation_name, **request.activation_params)
+        if not model.startswith("vit"):
+            draw_weights(made)
     return made
 
 
 for name, activation in MODELS.items():
-    register(f"torchvision/{name}", activation=activation)(functools.partial(build, model=name, published=activation))
+    register(f"torchvision/{name}", activation=activation, initialised=True)(
+        functools.partial(build, model=name, published=activation)
+    )

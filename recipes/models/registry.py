@@ -13,7 +13,7 @@ from torch import nn
 
 import ap.activations
 from recipes.models.factories import call_factory
-from recipes.models.weights import load_weights
+from recipes.models.weights import draw_weights, load_weights
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ Build = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Entry:
-    """How to build a model, and the activation that it was published with."""
+    """How to build a model, the activation that it was published with, and whether it draws its own weights."""
 
     build: Build
     activation: str
+    initialised: bool = False
 
     def options(self) -> list[str]:
         """What `build` takes besides the request."""
@@ -61,8 +62,12 @@ class Entry:
 _entries: dict[str, Entry] = {}
 
 
-def register(name: str, *, activation: str = "relu") -> Callable[[Build], Build]:
-    """Decorates `build(request, **options) -> nn.Module`; `activation` is the one used unless another is asked for.
+def register(name: str, *, activation: str = "relu", initialised: bool = False) -> Callable[[Build], Build]:
+    """Decorates `build(request, **options) -> nn.Module`.
+
+    `activation` is the one used unless another is asked for. Weights are drawn with
+    `draw_weights` after building, unless the model is `initialised` by its own rules. Raises ValueError for a
+    name that is taken.
 
     >>> from recipes.models import create, names
     >>> @register("perceptron")
@@ -76,7 +81,7 @@ def register(name: str, *, activation: str = "relu") -> Callable[[Build], Build]
     def add(build: Build) -> Build:
         if name in _entries:
             raise ValueError(f"a model {name!r} is registered already")
-        _entries[name] = Entry(build, activation)
+        _entries[name] = Entry(build, activation, initialised)
         return build
 
     return add
@@ -112,9 +117,9 @@ def create(
 
     `activation` is any name of `ap.activations.names()`, with `activation_params`; without one it is what the model
     was published with (GELU in a vision transformer, ReLU6 in MobileNet-V2, ReLU elsewhere). `width` scales the
-    number of channels. New weights are drawn for that activation from torch's global generator. `weights` is a file
-    of weights to start from instead: safetensors, or a state dictionary that torch saved. `options` are the model's
-    own, such as `shortcut="B"` for the ResNets. `package.module:factory` calls a factory of one's own with those of
+    number of channels. New weights are drawn by He's rule for rectifiers, from torch's global generator. `weights` is
+    a file of weights to start from instead: safetensors, or a state dictionary that torch saved. `options` are the
+    model's own, such as `shortcut="B"` for the ResNets. `package.module:factory` calls a factory of one's own with those of
     these arguments that it names.
 
     Raises ValueError for an unknown name, with the close ones, and for what the model cannot be built for.
@@ -152,6 +157,8 @@ def create(
             model = entry.build(request, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if not entry.initialised:
+            draw_weights(model)
     if weights is not None:
         load_weights(model, weights)
     return model

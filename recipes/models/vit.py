@@ -63,12 +63,23 @@ class SmallViT(nn.Module):
         self.blocks = nn.Sequential(*(EncoderBlock(request, dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.fc = nn.Linear(dim, request.num_classes)
+        self._initialise(2**0.5)
+
+    def _initialise(self, gain: float) -> None:
+        """Unit variance in each branch: LayerNorm begins it, so that only `fc2` has the activation before it."""
         nn.init.trunc_normal_(self.position, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                scale = gain if name.endswith("fc2") else 1.0
+                nn.init.normal_(module.weight, std=scale / module.weight[0].numel() ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.fc.weight, std=0.02)  # a classifier that starts undecided
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.position  # [N, T, D]
         return self.fc(self.norm(self.blocks(x)).mean(1))
 
 
-register("vit-tiny", activation="gelu")(functools.partial(SmallViT, depth=12, heads=3, head_dim=64))
-register("vit-mini", activation="gelu")(functools.partial(SmallViT, depth=6, heads=4, head_dim=32))
+register("vit-tiny", activation="gelu", initialised=True)(functools.partial(SmallViT, depth=12, heads=3, head_dim=64))
+register("vit-mini", activation="gelu", initialised=True)(functools.partial(SmallViT, depth=6, heads=4, head_dim=32))

@@ -345,3 +345,29 @@ def test_register() -> None:
         assert create("one-layer", image_size=4, bias=False)[1].bias is None
     finally:
         del _entries["one-layer"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_weights_are_drawn_for_the_activation(activation: str) -> None:
+    """Nineteen layers without normalisation: with another activation's gain the logits vanish or explode."""
+    deviations = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.randn(4, 3, 16, 16)
+        for layer in create("vgg19", width=0.5, activation=activation).features:
+            if not isinstance(layer, nn.MaxPool2d):  # the rule is about layers; the largest of four is another matter
+                x = layer(x)
+        deviations.append(x.square().mean().item())
+    assert 0.05 < sum(deviations) / 3 < 20, deviations
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_vit_branches_start_with_unit_variance(activation: str) -> None:
+    torch.manual_seed(0)
+    model = create("vit-tiny", activation=activation)
+    block = model.blocks[0]
+    x = torch.randn(8, 64, 192)
+    y = block.fc2(block.act(block.fc1(block.norm2(x))))
+    assert 0.9 < y.square().mean() < 1.1
