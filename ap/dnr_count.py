@@ -6,6 +6,9 @@ and ranks. Nothing here waits for the device.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -52,14 +55,30 @@ def _lane(size: int) -> torch.dtype | None:
 
 def dead_mask(values: Tensor, interval: DeadRange, channel_axis: int) -> Tensor:
     """Which pre-activations [N, ...] lie in the closed interval. NaN lies in none."""
+    compiling = torch.compiler.is_compiling()
     low, high = (_along(end, values, channel_axis) for end in interval)
-    bounded = isinstance(low, Tensor) or low != -float("inf")
-    eager_cpu = values.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_cpu and values.is_floating_point() and not bounded and not isinstance(high, Tensor):
-        # On a CPU, comparing into floats and converting those is twice as fast as comparing into bools.
+    if not compiling and values.is_floating_point():
+        low, high = _rounded(low, values.dtype, math.inf), _rounded(high, values.dtype, -math.inf)
+    bounded = isinstance(low, Tensor) or low != -math.inf
+    on_cpu = values.device.type == "cpu" and values.is_floating_point() and not compiling
+    if on_cpu and not bounded and not isinstance(high, Tensor):
+        # Comparing into floats and converting those is twice as fast there as comparing into bools.
         return torch.le(values, high, out=torch.empty_like(values)).to(torch.bool)
     mask = values <= high
     return mask.logical_and_(values >= low) if bounded else mask
+
+
+@lru_cache(maxsize=1024)
+def _rounded_number(end: float, dtype: torch.dtype, towards: float) -> float:
+    nearest = torch.tensor(end, dtype=dtype)
+    if (nearest.double() - end) * towards < 0:  # rounded to the other side
+        nearest = torch.nextafter(nearest, torch.tensor(towards, dtype=dtype))
+    return nearest.item()
+
+
+def _rounded(end: float | Tensor, dtype: torch.dtype, towards: float) -> float | Tensor:
+    """The end of the interval as the values' type can hold it, inwards: a comparison would round it to the nearest."""
+    return end if isinstance(end, Tensor) or math.isinf(end) else _rounded_number(end, dtype, towards)
 
 
 def _along(end: float | Tensor, values: Tensor, axis: int) -> float | Tensor:

@@ -79,32 +79,29 @@ class _Site:
         self.gradient_interval: DeadRange | None = None
 
     def refresh(self, eps: float | None) -> None:
-        """Looks the dead range up again: learnable parameters move it."""
+        """Looks the dead range up again: learnable parameters move it. Reads nothing back from a device."""
         self.interval = dead_range(self.module, eps)
-        gradient = gradient_dead_range(self.module, eps)
-        self.gradient_interval = gradient if gradient is not None and not _same(gradient, self.interval) else None
+        self.gradient_interval = None
+        if hasattr(self.module, "gradient_dead_range"):
+            gradient = gradient_dead_range(self.module, eps)
+            self.gradient_interval = None if _surely_same(gradient, self.interval) else gradient
         if self.changes:  # as tensors: a compiled graph would be made anew for every value of a number
             self.interval = _as_tensors(self.interval, self.module)
             self.gradient_interval = _as_tensors(self.gradient_interval, self.module)
 
 
-def _same(first: DeadRange, second: DeadRange | None) -> bool:
-    if second is None:
-        return False
+def _surely_same(first: DeadRange | None, second: DeadRange | None) -> bool:
+    if first is None or second is None:
+        return first is second
     ends = zip(first, second, strict=True)
-    return all(
-        a is b or bool(torch.equal(torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()))
-        if isinstance(a, Tensor) or isinstance(b, Tensor)
-        else a == b
-        for a, b in ends
-    )
+    return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in ends)
 
 
 def _as_tensors(interval: DeadRange | None, module: nn.Module) -> DeadRange | None:
     if interval is None:
         return None
     device = next(module.parameters()).device
-    low, high = (end if isinstance(end, Tensor) else torch.tensor(end, device=device) for end in interval)
+    low, high = (end if isinstance(end, Tensor) else torch.full((), end, device=device) for end in interval)
     return DeadRange(low, high)
 
 

@@ -462,6 +462,21 @@ def test_eps_widens_the_dead_range():
     assert rates[0] < rates[-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_ends_of_the_range_are_not_rounded_outwards(dtype):
+    from ap.activations.ranges import dead_range
+
+    high = dead_range(nn.SiLU()).high
+    z = torch.tensor([high], dtype=dtype)
+    steps = [z]
+    for _ in range(3):
+        steps.append(torch.nextafter(steps[-1], torch.tensor([0.0], dtype=dtype)))
+        steps.insert(0, torch.nextafter(steps[0], torch.tensor([-20.0], dtype=dtype)))
+    z = torch.stack(steps)  # the numbers of this type around the end
+    counts = measure_dnr(nn.Sequential(nn.Identity(), nn.SiLU()), [z]).layers["1"].alive_counts()[0]
+    assert counts.item() == (z.double() > high).sum().item()
+
+
 def test_report_reads_well():
     import json
 
