@@ -119,8 +119,8 @@ def create(
     was published with (GELU in a vision transformer, ReLU6 in MobileNet-V2, ReLU elsewhere). `width` scales the
     number of channels. New weights are drawn by He's rule for rectifiers, from torch's global generator. `weights` is
     a file of weights to start from instead: safetensors, or a state dictionary that torch saved. `options` are the
-    model's own, such as `shortcut="B"` for the ResNets. `package.module:factory` calls a factory of one's own with those of
-    these arguments that it names.
+    model's own, such as `shortcut="B"` for the ResNets. `package.module:factory` calls a factory of one's own with
+    those of these arguments that it names.
 
     Raises ValueError for an unknown name, with the close ones, and for what the model cannot be built for.
 
