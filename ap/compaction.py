@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,3 +226,70 @@ def _check(model: nn.Module, small: nn.Module, example_input: Any) -> None:
             raise RuntimeError(
                 f"compacting changed the outputs of {type(model).__name__} by up to {error_:.3g} (allowed: {limit:.3g})"
             )
+
+
+@torch.no_grad()
+def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Loads a state whose layers are smaller than the model's: each layer takes on the saved shape, in place.
+
+    For what `compact` or structured pruning made of a model of this architecture. Parameters that keep their place stay
+    the same objects; biases that compaction added are made.
+
+    Args:
+        model: the architecture at its full size.
+        state: its `state_dict()` at the smaller size, e.g. from safetensors.
+
+    Raises:
+        ValueError: the state is of another architecture; the first odd names are listed.
+
+    Example:
+        >>> small = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+        >>> fit_(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), small.state_dict())[0]
+        Linear(in_features=4, out_features=5, bias=True)
+    """
+    own = model.state_dict()
+    added = [name for name in state if name not in own]
+    odd = [name for name in own if name not in state] + [n for n in added if not _can_have_bias(model, n)]
+    odd += [name for name in state if name in own and state[name].dim() != own[name].dim()]
+    if odd:
+        raise ValueError(f"this state is of another architecture than {type(model).__name__}: {', '.join(odd[:5])}")
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, _ConvNd):
+            weight = state[f"{prefix}weight"]
+            multiple = module.out_channels // module.groups
+            if not module.transposed and module.groups > 1 and weight.shape != module.weight.shape:
+                module.groups = len(weight) // multiple
+            along = (weight.shape[1], weight.shape[0]) if module.transposed else (weight.shape[0], weight.shape[1])
+            module.out_channels = along[0] * (module.groups if module.transposed else 1)
+            module.in_channels = along[1] * (1 if module.transposed else module.groups)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = state[f"{prefix}weight"].shape
+        for name in [*module._parameters, *module._buffers]:
+            value = state.get(f"{prefix}{name}")
+            held = module._parameters.get(name) if name in module._parameters else module._buffers[name]
+            if value is None or (held is not None and held.shape == value.shape):
+                continue
+            for attribute in ("num_features", "num_parameters"):
+                if held is not None and held.shape == (getattr(module, attribute, None),):
+                    setattr(module, attribute, len(value))
+            like = held if held is not None else module._parameters["weight"]
+            assert like is not None
+            empty = torch.empty(value.shape, dtype=like.dtype, device=like.device)
+            if name in module._buffers:
+                module._buffers[name] = empty
+            elif held is not None:
+                held.data = empty
+            else:
+                module._parameters[name] = nn.Parameter(empty, requires_grad=like.requires_grad)
+    model.load_state_dict(dict(state))
+    return model
+
+
+def _can_have_bias(model: nn.Module, name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return attribute == "bias" and isinstance(module, (nn.Linear, _ConvNd))

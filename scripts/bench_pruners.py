@@ -1,0 +1,238 @@
+"""What one call of each pruner costs on a ResNet-50, against the fastest public way to do the same.
+
+    python scripts/bench_pruners.py --rounds 5 --threads 1
+
+Both sides prune 20 % (nm: half) of a fresh copy of torchvision's ResNet-50, in alternating rounds; data-driven ones see
+one batch of four 64 × 64 images. The public side is torch.nn.utils.prune, torch.ao.pruning or torch-pruning, fed with
+the same scores computed in the plainest way where the library has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.ao.pruning import WeightNormSparsifier
+from torch.nn.utils import prune as torch_prune
+from torchvision.models import resnet50
+
+import pruners
+from ap.masks import Masks
+
+AMOUNT = 0.2
+Data = list[tuple[Tensor, Tensor]]
+Run = Callable[[nn.Module], None]
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Convolutions and linear layers."""
+    return [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+def globally(model: nn.Module, scores: dict[nn.Module, Tensor] | None = None, method: Any = None) -> None:
+    """torch.nn.utils.prune.global_unstructured, by importance scores if given."""
+    pairs = [(module, "weight") for module in layers(model)]
+    given = None if scores is None else {(module, "weight"): score for module, score in scores.items()}
+    torch_prune.global_unstructured(pairs, method or torch_prune.L1Unstructured, importance_scores=given, amount=AMOUNT)
+
+
+def lamp(model: nn.Module) -> None:
+    """Sorted squares over their sums from there on, layer by layer."""
+    scores = {}
+    for module in layers(model):
+        square = module.weight.detach().square().flatten()
+        ordered, order = square.sort(descending=True)
+        scores[module] = torch.empty_like(square).scatter_(0, order, ordered / ordered.cumsum(0))
+        scores[module] = scores[module].view_as(module.weight)
+    globally(model, scores)
+
+
+def by_gradient(score: Callable[[Tensor, Tensor], Tensor], data: Data) -> Run:
+    """A backward pass, then global_unstructured."""
+
+    def run(model: nn.Module) -> None:
+        model.eval()
+        for inputs, targets in data:
+            F.cross_entropy(model(inputs), targets).backward()
+        globally(model, {m: score(m.weight.detach(), m.weight.grad) for m in layers(model)})
+
+    return run
+
+
+def grasp(data: Data) -> Run:
+    """Two backward passes, the second through the first."""
+
+    def run(model: nn.Module) -> None:
+        model.eval()
+        modules = layers(model)
+        weights = [module.weight for module in modules]
+        (inputs, targets) = data[0]
+        fixed = torch.autograd.grad(F.cross_entropy(model(inputs) / 200, targets), weights)
+        again = torch.autograd.grad(F.cross_entropy(model(inputs) / 200, targets), weights, create_graph=True)
+        sum((a * b).sum() for a, b in zip(again, fixed, strict=True)).backward()
+        globally(model, {m: m.weight.detach() * m.weight.grad for m in modules})
+
+    return run
+
+
+def synflow(data: Data) -> Run:
+    """One round in float64, as ours."""
+
+    def run(model: nn.Module) -> None:
+        twin = copy.deepcopy(model).double().eval()
+        with torch.no_grad():
+            for value in twin.state_dict().values():
+                value.abs_()
+        twin(torch.ones(1, *data[0][0].shape[1:], dtype=torch.float64)).sum().backward()
+        scores = [(m.weight.detach() * m.weight.grad).abs() for m in layers(twin)]
+        globally(model, dict(zip(layers(model), scores, strict=True)))
+
+    return run
+
+
+def wanda(data: Data) -> Run:
+    """Unfolded inputs, then a sort of every row, as published for linear layers."""
+
+    def run(model: nn.Module) -> None:
+        squares: dict[nn.Module, Tensor] = {}
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if isinstance(module, nn.Conv2d):
+                x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
+            squares[module] = x.square().flatten(0, -2).sum(0)
+
+        handles = [module.register_forward_pre_hook(hook) for module in layers(model)]
+        model.eval()
+        with torch.no_grad():
+            model(data[0][0])
+            for module in layers(model):
+                score = module.weight.abs().flatten(1) * squares[module].sqrt()
+                order = score.sort(dim=1, stable=True).indices[:, : int(score.shape[1] * AMOUNT)]
+                module.weight.view(len(score), -1).scatter_(1, order, 0)
+        for handle in handles:
+            handle.remove()
+
+    return run
+
+
+def two_of_four(model: nn.Module) -> None:
+    """torch.ao.pruning's sparsifier with blocks of 1 × 4."""
+    sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
+    names = {module: name for name, module in model.named_modules()}
+    fitting = [module for module in layers(model) if module.weight.shape[1] % 4 == 0]
+    sparsifier.prepare(model, [{"tensor_fqn": f"{names[module]}.weight"} for module in fitting])
+    sparsifier.step()
+
+
+def structured(data: Data) -> Run:
+    """torch-pruning's own pruner."""
+
+    def run(model: nn.Module) -> None:
+        ignored = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        importance = tp.importance.GroupMagnitudeImportance(p=2)
+        tp.pruner.BasePruner(
+            model.eval(), data[0][0][:1], importance, pruning_ratio=AMOUNT, ignored_layers=ignored
+        ).step()
+
+    return run
+
+
+def alternatives(data: Data) -> dict[str, tuple[str, Run | None]]:
+    """For each pruner the public way, and what it is."""
+    product = by_gradient(lambda w, g: (w * g).abs(), data)
+    plain = "plain scores + torch.nn.utils.prune.global_unstructured"
+    return {
+        "magnitude": ("torch.nn.utils.prune.global_unstructured", globally),
+        "layer-magnitude": (
+            "torch.nn.utils.prune.l1_unstructured",
+            lambda model: [torch_prune.l1_unstructured(m, "weight", AMOUNT) for m in layers(model)] and None,
+        ),
+        "random": (
+            "torch.nn.utils.prune.global_unstructured",
+            lambda model: globally(model, method=torch_prune.RandomUnstructured),
+        ),
+        "lamp": (plain, lamp),
+        "gradient": (plain, product),
+        "snip": (plain, product),
+        "taylor": (plain, by_gradient(lambda w, g: (w * g).square(), data)),
+        "grasp": (plain, grasp(data)),
+        "synflow": (f"{plain} (one round)", synflow(data)),
+        "wanda": ("unfold + a sort of each row", wanda(data)),
+        "nm": ("torch.ao.pruning.WeightNormSparsifier", two_of_four),
+        "lookahead": ("none that follows a ResNet's graph", None),
+        "synaptic-stripping": ("none", None),
+        "structured-magnitude": ("torch_pruning.BasePruner", structured(data)),
+    }
+
+
+def ours(name: str, data: Data) -> Run:
+    """One call of this project's pruner."""
+    rounds = 1 if name == "synflow" else None
+
+    def run(model: nn.Module) -> None:
+        options = {"amount": AMOUNT} if name != "nm" else {}
+        pruners.create(name, rounds=rounds).prune(model, Masks(model), batches=data, loss_fn=F.cross_entropy, **options)
+
+    return run
+
+
+def timed(run: Run, model: nn.Module) -> float:
+    fresh = copy.deepcopy(model)
+    start = time.perf_counter()
+    run(fresh)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=None, metavar="PRUNER")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # layers that nm leaves whole
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = resnet50()
+    data = [(torch.randn(4, 3, 64, 64), torch.randint(0, 1000, (4,)))]
+    print(f"{processor()}, {options.threads} thread(s), torch {torch.__version__}, {options.rounds} rounds\n")
+    print("| pruner | s | against | s | ratio (lowest – highest) |\n| --- | --- | --- | --- | --- |")
+    for name, (what, other) in alternatives(data).items():
+        if options.only and name not in options.only:
+            continue
+        mine, theirs = [], []
+        run = ours(name, data)
+        timed(run, model)  # first calls import and allocate
+        if other is not None:
+            timed(other, model)
+        for _ in range(options.rounds):
+            mine.append(timed(run, model))
+            if other is not None:
+                theirs.append(timed(other, model))
+        ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "–"
+        their_time = f"{statistics.median(theirs):.2f}" if theirs else "–"
+        print(f"| `{name}` | {statistics.median(mine):.2f} | {what} | {their_time} | {ratio} |", flush=True)
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
