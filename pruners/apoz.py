@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ap.dnr import measure_dnr
+from ap.dnr import DNRMonitor
 from ap.graph import layer_contexts
-from ap.graph_trace import clean_name
-from pruners.base import Batches, LossFn, register
+from ap.graph_trace import clean_name, unwrap
+from pruners.base import Batches, LossFn, register, run_batches
 from pruners.structured import Group, Structured
 
 
@@ -63,16 +63,22 @@ class StructuredDemP(StructuredAPoZ):
 def dead_rates(model: nn.Module, batches: Batches, example_input: Any = None) -> dict[str, Tensor]:
     """The dead rate of each layer's output channels, by the activation that they feed, float32 [C] in [0, 1].
 
+    Over the batches of all ranks, in evaluation mode.
+
     Layers that feed none that can die, or one whose channels are not theirs, are left out.
     """
-    report = measure_dnr(model, batches)
+    plain = unwrap(model)
+    monitor = DNRMonitor(plain, every=1)
+    with monitor:
+        run_batches(plain, batches)
+    report = monitor.sync("eval")
     rates = {}
-    for name, context in layer_contexts(model, example_input).items():
+    for name, context in layer_contexts(plain, example_input).items():
         layer = report.layers.get(context.activation or "")
         if layer is None or not layer.can_die:
             continue
         rate = layer.dead_rate_per_channel().cpu()
-        module = model.get_submodule(name)
+        module = plain.get_submodule(name)
         if len(rate) == getattr(module, "out_channels", getattr(module, "out_features", -1)):
             rates[name] = rate
     return rates

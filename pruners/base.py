@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ap.graph_trace import unwrap
 from ap.masks import Masks, Scope, check_share
 from ap.names import unknown
 from pruners.densities import check_density, remove_lowest
@@ -20,8 +21,8 @@ Batches = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
 ScoreFn = Callable[[nn.Module, Masks], Mapping[str, Tensor]]
 ENTRY_POINTS = "activate_while_pruning.pruners"
-_REGISTRY: dict[str, type[Pruner]] = {}
-_P = TypeVar("_P", bound="type[Pruner]")
+_REGISTRY: dict[str, type[Pruner] | ScoreFn] = {}
+_P = TypeVar("_P", bound="type[Pruner] | ScoreFn")
 
 
 class Pruner:
@@ -119,12 +120,22 @@ class Pruner:
 
 
 def register(name: str) -> Callable[[_P], _P]:
-    """Class decorator: makes a pruner available under a name."""
+    """Decorator: makes a pruner's class, or a function `(model, masks) -> scores`, available under a name.
 
-    def add(cls: _P) -> _P:
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
+    Example:
+        >>> @register("positive-first")
+        ... def positive_first(model, masks):
+        ...     return {name: -masks.weight(name).detach() for name in masks}
+        >>> create("positive-first")
+        Function(name='positive-first', scope='global', needs_data=False)
+        >>> del _REGISTRY["positive-first"]
+    """
+
+    def add(pruner: _P) -> _P:
+        if isinstance(pruner, type):
+            pruner.name = name  # type: ignore[attr-defined]
+        _REGISTRY[name] = pruner
+        return pruner
 
     return add
 
@@ -140,6 +151,7 @@ class Function(Pruner):
     Args:
         function: its scores: for each name of `masks` a tensor of the weight's shape, higher = keep.
         scope: what is compared with each other.
+        name: default, the function's own.
 
     Example:
         >>> pruner = create(lambda model, masks: {name: masks.weight(name).detach().abs() for name in masks})
@@ -147,10 +159,10 @@ class Function(Pruner):
         10
     """
 
-    def __init__(self, function: ScoreFn, scope: Scope = "global") -> None:
+    def __init__(self, function: ScoreFn, scope: Scope = "global", name: str | None = None) -> None:
         self.function = function
         self.scope = scope
-        self.name = getattr(function, "__name__", type(function).__name__)  # type: ignore[misc]
+        self.name = name or getattr(function, "__name__", type(function).__name__)  # type: ignore[misc, assignment]
 
     def scores(
         self, model: nn.Module, masks: Masks, batches: Batches | None = None, loss_fn: LossFn | None = None
@@ -159,8 +171,8 @@ class Function(Pruner):
         return self.function(model, masks)
 
 
-def find(name: str) -> type[Pruner]:
-    """The class registered under a name, by this package, a decorator or another package's entry point.
+def find(name: str) -> type[Pruner] | ScoreFn:
+    """What is registered under a name, by this package, a decorator or another package's entry point.
 
     Raises:
         ValueError: an unknown name (the close ones are listed).
@@ -197,7 +209,8 @@ def create(
         Magnitude(name='magnitude', scope='global', needs_data=False)
     """
     if isinstance(name, str):
-        pruner = find(name)(**options)
+        found = find(name)
+        pruner = found(**options) if isinstance(found, type) else Function(found, name=name, **options)
     elif isinstance(name, Pruner):
         if options:
             raise TypeError(f"{name!r} is made already; options belong to its creation")
@@ -277,6 +290,7 @@ def batch_gradients(model: nn.Module, masks: Masks, batches: Batches, loss_fn: L
     The parameters' `.grad` is neither read nor written.
     """
     weights = {name: masks.weight(name) for name in masks}
+    model = unwrap(model)  # DistributedDataParallel would wait for a backward pass of its own
     seen = False
     for inputs, targets in on_device(batches, model):
         with undisturbed(model), torch.enable_grad():
@@ -318,6 +332,7 @@ def on_device(batches: Batches, model: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 def run_batches(model: nn.Module, batches: Batches) -> None:
     """Runs tensors, or (inputs, …) tuples, through the model in evaluation mode, without gradients."""
+    model = unwrap(model)
     device = next(model.parameters()).device
     seen = False
     with undisturbed(model), torch.no_grad():

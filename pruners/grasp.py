@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ap.graph_trace import unwrap
 from ap.masks import Masks
 from pruners.base import (
     Batches,
@@ -53,6 +54,7 @@ class GraSP(Pruner):
         weights = {name: masks.weight(name) for name in masks}
         products = {name: torch.zeros_like(gradient) for name, gradient in fixed.items()}
         # Attention's fused kernels cannot be differentiated twice.
+        model = unwrap(model)
         with undisturbed(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for inputs, targets in on_device(given, model):
                 value = cooled(model(inputs), targets)

@@ -100,6 +100,11 @@ class Structured(Pruner):
             ValueError: an amount outside (0, 1), missing data, or no channel that can go.
         """
         check_share(amount, "amount", 1)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                f"{self.name} makes layers smaller, which DistributedDataParallel's buckets do not follow: prune "
+                "model.module with the same batches on every rank, and wrap it again"
+            )
         if self.needs_data:
             self.require_batches(batches)
             if self.needs_loss:

@@ -142,7 +142,7 @@ def test_scores_change_nothing_and_prune_is_exact(name, kind):
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(EXACT),
-    sizes=st.lists(st.integers(1, 7), min_size=2, max_size=4),
+    sizes=st.lists(st.integers(1, 7), min_size=3, max_size=5),
     amounts=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3),
     rounds=st.integers(1, 3),
     seed=st.integers(0, 1000),
@@ -247,6 +247,10 @@ def test_decorator_entry_point_and_unknown_names(monkeypatch):
     monkeypatch.setattr(base, "_REGISTRY", dict(_REGISTRY))
     register("decorated")(type("Decorated", (Third,), {}))
     assert pruners.create("decorated").name == "decorated"
+    register("function")(lambda model, masks: {name: masks.weight(name).detach().abs() for name in masks})
+    layer = nn.Linear(4, 5)
+    assert pruners.create("function", density="uniform").prune(layer, Masks(layer), amount=0.5) == 10
+    assert pruners.create("function").name == "function"
     monkeypatch.setattr(base, "entry_points", lambda group: [Point()] if group == base.ENTRY_POINTS else [])
     assert "from-elsewhere" in pruners.names()
     assert pruners.create("from-elsewhere").name == "from-elsewhere"
