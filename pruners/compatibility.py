@@ -103,3 +103,14 @@ earlier weights fit no more, and its amount is a share of channels
         raise ValueError(f"{name} does not go with rewind={kind!r} (only {', '.join(fits.rewinds)}): {fits.why}")
     if fits.cycles is not None and cycles is not None and cycles > fits.cycles:
         raise ValueError(f"{name} does not go with {cycles} cycles (at most {fits.cycles}): {fits.why}")
+
+
+def table() -> str:
+    """The table in Markdown, as it stands in the documentation."""
+    rows = ["| pruner | AP variants | rewinds | cycles | why not the others |", "| --- | --- | --- | --- | --- |"]
+    for name in names():
+        fits = compatibility(name)
+        variants = "all" if fits.variants == VARIANTS else ", ".join(fits.variants)
+        rewinds = "all" if fits.rewinds == REWINDS else ", ".join(fits.rewinds)
+        rows.append(f"| `{name}` | {variants} | {rewinds} | {fits.cycles or 'any'} | {fits.why} |")
+    return "\n".join(rows)

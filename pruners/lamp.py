@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +30,38 @@ def lamp(weight: Tensor, alive: Tensor) -> Tensor:
     [0.36000001430511475, 1.0, 0.03846153989434242]
     """
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
-    ordered, order = torch.sort(weight[alive].abs())
+    whole = bool(alive.all())
+    magnitudes = (weight.reshape(-1) if whole else weight[alive]).abs()
+    order = ascending(magnitudes)
+    ordered = magnitudes[order]
     square = ordered.to(exact).square_()
     # Summed from the largest down: a total minus a running sum would lose the largest weights to rounding.
     tail = square.flip(0).cumsum_(0).flip(0)
     # Equal magnitudes share the sum at the first of them.
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    tail = tail[first][first.cumsum(0) - 1] if len(ordered) else tail
-    ranked = torch.where(tail > 0, square / tail, tail).to(torch.float32)
+    repeats = (ordered[1:] == ordered[:-1]).nonzero()[:, 0] + 1
+    if repeats.numel():
+        starts = torch.ones_like(repeats, dtype=torch.bool)
+        starts[1:] = repeats[1:] != repeats[:-1] + 1
+        tail[repeats] = tail[repeats[starts][starts.cumsum(0) - 1] - 1]
+    ranked = square.div_(tail).nan_to_num_(0.0).to(torch.float32)  # 0 / 0 where the whole layer is zero
+    by_place = torch.empty_like(ranked).scatter_(0, order, ranked)
+    if whole:
+        return by_place.view(weight.shape)
     scores = torch.zeros_like(weight, dtype=torch.float32)
-    scores[alive] = torch.empty_like(ranked).scatter_(0, order, ranked)
+    scores[alive] = by_place
     return scores
+
+
+def ascending(magnitudes: Tensor) -> Tensor:
+    """The order that sorts values ≥ 0.
+
+    >>> ascending(torch.tensor([2.0, 0.5, 1.0])).tolist()
+    [1, 2, 0]
+    """
+    if magnitudes.device.type != "cpu" or magnitudes.dtype != torch.float32:
+        return torch.argsort(magnitudes)
+    # The bits of floats ≥ 0 are in their order. NumPy sorts 16 bits by radix: the lower half, then, stably, the upper
+    # one, which takes a third of the time of a comparison sort.
+    bits = magnitudes.numpy().view(np.uint32)
+    order = np.argsort(bits.astype(np.uint16), kind="stable")
+    return torch.from_numpy(order[np.argsort((bits >> 16).astype(np.uint16)[order], kind="stable")])

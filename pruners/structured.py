@@ -77,7 +77,7 @@ class Structured(Pruner):
     ) -> Mapping[str, Tensor]:
         """Each weight's score is that of its output channel; inf where the channel cannot go."""
         scores = {name: torch.full(masks[name].shape, torch.inf) for name in masks}
-        for group in self.groups(model, batches, loss_fn):
+        for group in self.groups(model, batches, loss_fn)[0]:
             for path, rows, channels in group.makers:
                 name = f"{path}.weight" if path else "weight"
                 if name in scores:
@@ -114,8 +114,13 @@ class Structured(Pruner):
         each = 1 - (1 - amount) ** (1 / self.rounds)
         gone = 0
         for _ in range(self.rounds):
-            groups = self.groups(model, batches, loss_fn)
-            gone += self._remove(model, masks, self.choose(groups, each), batches)
+            groups, dependencies = self.groups(model, batches, loss_fn)
+            chosen = self.choose(groups, each)
+            with followed(unwrap(model)) as kept:
+                for group, channels in chosen:
+                    if channels:
+                        dependencies.get_pruning_group(group.root, group.pruning, channels).prune()
+            gone += masks.follow(kept)
         return gone
 
     def choose(self, groups: list[Group], amount: float) -> list[tuple[Group, list[int]]]:
@@ -144,8 +149,8 @@ class Structured(Pruner):
         """How many channels go, where a method knows better than the amount asked for."""
         return wanted
 
-    def groups(self, model: nn.Module, batches: Batches | None, loss_fn: LossFn | None) -> list[Group]:
-        """The groups of channels that can go, with torch-pruning's importance of each channel."""
+    def groups(self, model: nn.Module, batches: Batches | None, loss_fn: LossFn | None) -> tuple[list[Group], Any]:
+        """The groups of channels that can go, with the importance of each channel, and torch-pruning's graph."""
         plain = unwrap(model)
         example = self._example(plain, batches)
         with undisturbed(plain), gradients_kept(plain):
@@ -176,20 +181,7 @@ class Structured(Pruner):
                     continue
                 score = torch.nan_to_num(score.detach(), nan=0.0)  # 0 / 0 where a whole group's importance is zero
                 found.append(Group(names[root], root, pruning, score, makers))
-        return found
-
-    def _remove(
-        self, model: nn.Module, masks: Masks, chosen: list[tuple[Group, list[int]]], batches: Batches | None
-    ) -> int:
-        plain = unwrap(model)
-        example = self._example(plain, batches)
-        with undisturbed(plain), torch.enable_grad():
-            dependencies = _dependencies(plain, example)
-        with followed(plain) as kept:
-            for group, channels in chosen:
-                if channels:
-                    dependencies.get_pruning_group(group.root, group.pruning, channels).prune()
-        return masks.follow(kept)
+        return found, dependencies
 
     def _example(self, model: nn.Module, batches: Batches | None) -> Any:
         device = next(model.parameters()).device
