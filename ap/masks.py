@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -330,7 +331,10 @@ class Masks:
             bits[name] = torch.from_numpy(packed.reshape(-1))
         shapes = {name: list(slot.mask.shape) for name, slot in self._slots.items()}
         gone = {name: slot.gone for name, slot in self._slots.items() if slot.gone}
-        return {"schema": _SCHEMA, "shapes": shapes, "bits": bits} | ({"gone": gone} if gone else {})
+        # torch.save has no checksum that torch.load looks at, and every bit pattern is a mask.
+        crc32 = {name: zlib.crc32(packed.numpy().data) for name, packed in bits.items()}
+        state = {"schema": _SCHEMA, "shapes": shapes, "bits": bits, "crc32": crc32}
+        return state | ({"gone": gone} if gone else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over saved masks, and zeroes what they say is dead.
@@ -338,6 +342,19 @@ class Masks:
         Raises:
             ValueError: another schema, names or shapes than this model's; nothing is changed then.
         """
+        try:
+            masks, gone = self._unpack(state)
+        except ValueError:
+            raise
+        except Exception as error:  # a state can be damaged in more ways than there are checks
+            raise ValueError(f"damaged mask state: {error}") from error
+        for name, mask in masks.items():
+            self[name].copy_(mask)
+            self._slots[name].gone = gone[name]
+        self.apply_()
+
+    def _unpack(self, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Masks, and numbers of weights removed physically, of a saved state that fits this model."""
         if not isinstance(state, Mapping) or state.get("schema") != _SCHEMA:
             raise ValueError(f"not a mask state of schema {_SCHEMA}")
         bits = state.get("bits")
@@ -345,20 +362,24 @@ class Masks:
             found = list(bits) if isinstance(bits, Mapping) else []
             odd = [n for n in found if n not in self._slots] + [n for n in self.names if n not in found]
             raise ValueError(f"the mask state is of another model: {', '.join(map(str, odd[:5])) or 'another order'}")
-        new = {}
+        checksums, removed = state.get("crc32"), state.get("gone", {})
+        masks, gone = {}, {}
         for name, slot in self._slots.items():
             shape, size = list(slot.mask.shape), slot.mask.numel()
-            if list(state.get("shapes", {}).get(name, [])) != shape:
-                raise ValueError(f"{name}: the mask state has shape {state.get('shapes', {}).get(name)}, not {shape}")
+            given = state.get("shapes", {}).get(name)
+            if given is None or list(given) != shape:
+                raise ValueError(f"{name}: the mask state has shape {given}, not {shape}")
             packed = bits[name]
-            if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.numel() != (size + 7) // 8:
+            if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.shape != ((size + 7) // 8,):
                 raise ValueError(f"{name}: damaged mask state")
-            values = np.unpackbits(packed.cpu().numpy().reshape(-1), count=size)
-            new[name] = torch.from_numpy(values.astype(bool)).view(shape)
-        for name, mask in new.items():
-            self[name].copy_(mask)
-            self._slots[name].gone = int(state.get("gone", {}).get(name, 0))
-        self.apply_()
+            array = np.ascontiguousarray(packed.cpu().numpy())
+            if checksums is not None and zlib.crc32(array.data) != checksums.get(name):
+                raise ValueError(f"{name}: damaged mask state, its checksum is wrong: use an earlier one")
+            masks[name] = torch.from_numpy(np.unpackbits(array, count=size).astype(bool)).view(shape)
+            gone[name] = removed.get(name, 0)
+            if type(gone[name]) is not int or gone[name] < 0:
+                raise ValueError(f"{name}: damaged mask state, {gone[name]!r} weights removed")
+        return masks, gone
 
     def from_torch_prune_(self) -> int:
         """Takes over what torch.nn.utils.prune's `weight_mask` buffers say is dead; returns how many went."""

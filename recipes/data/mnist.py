@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from recipes.data.sources import Source
 FILES = tuple(
     f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
 )  # fmt: skip
+LIMIT = 1 << 30  # bytes of one file; the largest, 60,000 images of 28 × 28, has 47 million
 CLASSES = {
     "MNIST": tuple("0123456789"),
     "FashionMNIST": (
@@ -26,16 +28,22 @@ CLASSES = {
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """A file of unsigned bytes in the IDX format (LeCun et al. 1998), which may be gzipped, as an `ndim`-d array."""
+    start = 4 + 4 * ndim
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(start)
+            if header[:4] != bytes([0, 0, 8, ndim]) or len(header) < start:
+                raise DataError(f"{path} is not an IDX file of bytes in {ndim} dimension(s)")
+            shape = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, start, 4))
+            values = math.prod(shape)
+            if values > LIMIT:
+                raise DataError(f"{path} is damaged: its header says {shape}, more than any of these sets has")
+            body = np.frombuffer(file.read(values + 1), np.uint8)  # a little file may decompress to any size
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}") from error
-    if data[:4] != bytes([0, 0, 8, ndim]):
-        raise DataError(f"{path} is not an IDX file of bytes in {ndim} dimension(s)")
-    shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, 4 + 4 * ndim, 4))
-    body = np.frombuffer(data, np.uint8, offset=4 + 4 * ndim)
-    if body.size != int(np.prod(shape)):
-        raise DataError(f"{path} is damaged: {body.size} values, its header says {shape}")
+    if body.size != values:
+        found = body.size if body.size < values else f"more than {values}"
+        raise DataError(f"{path} is damaged: {found} values, its header says {shape}")
     return body.reshape(shape)
 
 

@@ -7,9 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from recipes.tensors import load_tensors
 
 
 def draw_weights(model: nn.Module) -> None:
@@ -32,10 +33,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no file of weights at {path}")
     found: Any
     try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
     except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as weights alone: {reason}") from error
