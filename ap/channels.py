@@ -94,9 +94,18 @@ class Channels:
         fixed = {self._root(atom) for atom in self._fixed}
         return {node.target: fixed.isdisjoint(self._roots(self._values[node]).tolist()) for node in self._makers}
 
-    def cuts(self) -> Iterator[Cut]:
-        """What every module loses, for those that lose anything."""
-        gone = self.removable()
+    def of(self, path: str) -> list[int]:
+        """Which group of tied channels each output channel of the layer at this path belongs to."""
+        (node,) = (node for node in self._makers if node.target == path)
+        return [int(root) for root in self._roots(self._values[node])]
+
+    def cuts(self, gone: set[int], fold: bool = True) -> Iterator[Cut]:
+        """What every module loses, for those that lose anything.
+
+        Args:
+            gone: the groups of tied channels that go, from `removable` or `of`.
+            fold: whether constants that go are added to the biases of what reads them.
+        """
         if not gone:
             return
         for node in [*self._values]:
@@ -107,7 +116,7 @@ class Channels:
             if node in self._readers or node in self._makers:
                 source = self._values[node.inputs[0]]
                 columns = _everything(_weight(node.module).shape[1]) if source is None else self._staying(source, gone)
-                shift = self._shift(node, gone) if node in self._readers else None
+                shift = self._shift(node, gone) if fold and node in self._readers else None
                 width = _weight(node.module).shape[1] if source is None else len(source.atoms)
                 if len(rows) < len(value.atoms) or len(columns) < width:
                     yield Cut(node.module, rows, columns, shift, width)

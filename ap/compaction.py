@@ -20,6 +20,7 @@ from ap.channels import Channels, Cut
 from ap.graph import trace
 from ap.graph_trace import unwrap
 from ap.names import refuse_wrappers
+from ap.slots import Kept
 
 
 def compact(model: nn.Module, example_input: Any, check: bool = True) -> nn.Module:
@@ -63,8 +64,8 @@ def compact(model: nn.Module, example_input: Any, check: bool = True) -> nn.Modu
             if f"{name}_mask" in module._buffers:
                 torch_prune.remove(module, name)
     channels = Channels(trace(small, example_input))
-    for cut in channels.cuts():
-        _shrink(cut)
+    for cut in channels.cuts(channels.removable()):
+        shrink_(cut)
     if check:
         _check(model, small, example_input)
     return small
@@ -156,45 +157,65 @@ def _arguments(example_input: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _shrink(cut: Cut) -> None:
-    """Takes the rows and columns out of one module, in place."""
+def shrink_(cut: Cut) -> dict[nn.Parameter, Kept]:
+    """Takes the rows and columns out of one module, in place; parameters stay the same objects.
+
+    Returns:
+        What is left of each of its parameters.
+    """
     module, rows, columns = cut.module, cut.rows, cut.columns
-    if isinstance(module, (nn.Linear, _ConvNd)):
-        weight = module.weight[rows]
-        depthwise = isinstance(module, _ConvNd) and module.groups > 1
-        if not depthwise:
-            weight = weight[:, columns]
-        bias = None if module.bias is None else module.bias[rows]
-        if cut.shift is not None:
-            shift = cut.shift[rows].to(weight)
-            bias = shift if bias is None else bias + shift
-        _replace(module, "weight", weight)
-        if bias is not None:
-            _replace(module, "bias", bias)
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = weight.shape
+    kept: dict[nn.Parameter, Kept] = {}
+    if not isinstance(module, (nn.Linear, _ConvNd)):
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None and value.shape == (cut.width,):
+                _take(module, name, rows, None, kept)
+        for attribute in ("num_features", "num_parameters"):
+            if getattr(module, attribute, None) == cut.width:
+                setattr(module, attribute, len(rows))
+        return kept
+    depthwise = isinstance(module, _ConvNd) and module.groups > 1
+    _take(module, "weight", rows, None if depthwise else columns, kept)
+    if module.bias is not None:
+        _take(module, "bias", rows, None, kept)
+    if cut.shift is not None:
+        shift = cut.shift[rows].to(module.weight)
+        if module.bias is None:
+            module.bias = nn.Parameter(shift, requires_grad=module.weight.requires_grad)
         else:
-            module.out_channels, module.in_channels = len(rows), len(columns)
-            module.groups = len(columns) if depthwise else 1
-        return
-    width = cut.width
-    for name, value in [*module._parameters.items(), *module._buffers.items()]:
-        if value is not None and value.dim() == 1 and len(value) == width:
-            _replace(module, name, value[rows])
-    for attribute in ("num_features", "num_parameters"):
-        if getattr(module, attribute, None) == width:
-            setattr(module, attribute, len(rows))
+            module.bias.data += shift
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    else:
+        module.out_channels, module.in_channels = len(rows), len(columns)
+        module.groups = len(columns) if depthwise else 1
+    return kept
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    value = value.clone(memory_format=torch.contiguous_format)
+def _take(module: nn.Module, name: str, rows: Tensor, columns: Tensor | None, kept: dict[nn.Parameter, Kept]) -> None:
+    """Leaves these rows and columns of a parameter (its gradient included) or buffer."""
+
+    def part(value: Tensor) -> Tensor:
+        value = value[rows.to(value.device)]
+        return value if columns is None else value[:, columns.to(value.device)]
+
     if name in module._buffers:
-        module._buffers[name] = value
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = part(buffer)
         return
-    old = module._parameters.get(name)
-    like = old if old is not None else module._parameters["weight"]
-    assert like is not None
-    module._parameters[name] = nn.Parameter(value, requires_grad=like.requires_grad)
+    parameter = module._parameters[name]
+    assert parameter is not None
+    kept[parameter] = Kept(part(torch.arange(parameter.numel()).view(parameter.shape)), parameter.shape)
+    gradient, parameter.grad = parameter.grad, None
+    _resize(parameter, part(parameter.data))
+    parameter.grad = None if gradient is None else part(gradient)
+
+
+def _resize(parameter: nn.Parameter, value: Tensor) -> None:
+    """Gives a parameter values of another shape."""
+    # Autograd remembers a parameter's shape for as long as a graph refers to it, unless its type changes in between.
+    parameter.data = torch.empty(0, dtype=torch.float64 if value.dtype != torch.float64 else torch.float32)
+    parameter.data = value
 
 
 def _check(model: nn.Module, small: nn.Module, example_input: Any) -> None:
@@ -279,7 +300,7 @@ def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             if name in module._buffers:
                 module._buffers[name] = empty
             elif held is not None:
-                held.data = empty
+                _resize(held, empty)  # type: ignore[arg-type]
             else:
                 module._parameters[name] = nn.Parameter(empty, requires_grad=like.requires_grad)
     model.load_state_dict(dict(state))

@@ -1,7 +1,7 @@
 """Structured pruning on torch-pruning: channels are removed physically, masks and optimizers follow.
 
-torch-pruning finds the groups of coupled channels and says how important each channel is; how many go, and which, is
-decided here, so that counts and ties are exact.
+torch-pruning groups coupled channels and says how important each one is. How many go is decided here, so that counts
+and ties are exact, and what `ap.channels` knows of the graph removes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ap.activations.ranges import is_activation
 from ap.channels import Channels
+from ap.compaction import shrink_
 from ap.graph import trace
 from ap.graph_trace import clean_name, unwrap
 from ap.masks import Masks, check_share
@@ -30,8 +32,6 @@ class Group:
     """Channels that can only go together, over all the layers that make or read them."""
 
     name: str  # of the layer that makes them
-    root: nn.Module
-    pruning: Any  # torch-pruning's function that removes the root's output channels
     importance: Tensor  # [channels]
     makers: list[tuple[str, Tensor, Tensor]]  # layers whose rows these are, the rows, and each row's channel
 
@@ -114,12 +114,12 @@ class Structured(Pruner):
         each = 1 - (1 - amount) ** (1 / self.rounds)
         gone = 0
         for _ in range(self.rounds):
-            groups, dependencies = self.groups(model, batches, loss_fn)
-            chosen = self.choose(groups, each)
-            with followed(unwrap(model)) as kept:
-                for group, channels in chosen:
-                    if channels:
-                        dependencies.get_pruning_group(group.root, group.pruning, channels).prune()
+            groups, graph = self.groups(model, batches, loss_fn)
+            ties = {group.name: graph.of(group.name) for group in groups}
+            tied = {ties[group.name][channel] for group, channels in self.choose(groups, each) for channel in channels}
+            kept: dict[nn.Parameter, Kept] = {}
+            for cut in graph.cuts(tied, fold=False):
+                kept |= shrink_(cut)
             gone += masks.follow(kept)
         return gone
 
@@ -149,12 +149,13 @@ class Structured(Pruner):
         """How many channels go, where a method knows better than the amount asked for."""
         return wanted
 
-    def groups(self, model: nn.Module, batches: Batches | None, loss_fn: LossFn | None) -> tuple[list[Group], Any]:
-        """The groups of channels that can go, with the importance of each channel, and torch-pruning's graph."""
+    def groups(self, model: nn.Module, batches: Batches | None, loss_fn: LossFn | None) -> tuple[list[Group], Channels]:
+        """The groups of channels that can go, with the importance of each channel, and the model's channels."""
         plain = unwrap(model)
         example = self._example(plain, batches)
         with undisturbed(plain), gradients_kept(plain):
-            free = Channels(trace(plain, example)).free()
+            channels = Channels(trace(plain, example))
+            free = channels.free()
             with torch.enable_grad():
                 dependencies = _dependencies(plain, example)
                 importance = self.importance(plain, batches, loss_fn)
@@ -165,7 +166,7 @@ class Structured(Pruner):
             found = []
             kinds = [nn.modules.conv._ConvNd, nn.Linear]
             for group in dependencies.get_all_groups(root_module_types=kinds):
-                root, pruning = group[0].dep.target.module, group[0].dep.handler
+                root = group[0].dep.target.module
                 makers = [
                     (names[dep.target.module], torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs))
                     for item in group
@@ -180,8 +181,8 @@ class Structured(Pruner):
                 if score is None:
                     continue
                 score = torch.nan_to_num(score.detach(), nan=0.0)  # 0 / 0 where a whole group's importance is zero
-                found.append(Group(names[root], root, pruning, score, makers))
-        return found, dependencies
+                found.append(Group(names[root], score, makers))
+        return found, channels
 
     def _example(self, model: nn.Module, batches: Batches | None) -> Any:
         device = next(model.parameters()).device
@@ -198,49 +199,28 @@ class Structured(Pruner):
 
 
 def _dependencies(model: nn.Module, example: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of parameters outside of layers: nothing that they carry can go
-        return torch_pruning().DependencyGraph().build_dependency(model, example_inputs=example)
+    """torch-pruning's graph of the model, in which activations pass everything on: they tie no channels together.
 
-
-@contextmanager
-def followed(model: nn.Module) -> Iterator[dict[nn.Parameter, Kept]]:
-    """Inside, layers are made smaller by whatever means; afterwards each parameter is the same object as before.
-
-    While it lasts, parameters hold their elements' positions, so that what is left of them afterwards says which
-    elements stayed, however a layer is built. Gradients go along.
-
-    Yields:
-        Filled on leaving: what is left of each parameter that changed.
+    With their parameters in it, PReLU's or one's own, it would lose track of a flattening behind them.
     """
-    owners = [
-        (module, attribute, parameter)
-        for module in model.modules()
-        for attribute, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    values = {parameter: (parameter.data, parameter.grad) for _, _, parameter in owners}
-    kept: dict[nn.Parameter, Kept] = {}
-    for parameter, (value, _) in values.items():
-        parameter.grad = None
-        positions = torch.arange(value.numel(), dtype=torch.float64, device="cpu")
-        parameter.data = positions.view(value.shape).to(value.device)
+    tp = torch_pruning()
+    graph = tp.DependencyGraph()
+    graph.REGISTERED_PRUNERS.pop(tp.ops.OPTYPE.PRELU)
+    activations = [module for module in model.modules() if is_activation(module) and "forward" not in vars(module)]
+    own = [parameter for module in activations for parameter in module.parameters()]
+    for module in activations:
+        module.forward = _pass_on  # type: ignore[method-assign]
     try:
-        yield kept
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of parameters outside of layers, whose width cannot go
+            return graph.build_dependency(model, example_inputs=example, ignored_params=own)
     finally:
-        smaller = {}
-        for module, attribute, parameter in owners:
-            now = module._parameters[attribute]
-            if now is not None and now.shape != values[parameter][0].shape:
-                smaller[parameter] = now.data.long()
-            module._parameters[attribute] = parameter
-        for parameter, (value, gradient) in values.items():
-            if parameter in smaller:
-                part = kept[parameter] = Kept(smaller[parameter], value.shape)
-                value = part.of(value)
-                gradient = None if gradient is None else part.of(gradient)
-            parameter.data = value
-            parameter.grad = gradient
+        for module in activations:
+            del module.forward
+
+
+def _pass_on(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The table of what goes together, and that the loop agrees with it."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import pruners
 from ap.cycles import VARIANTS, Cycles
 from ap.masks import Masks
-from pruners.compatibility import REWINDS, TABLE
+from pruners.compatibility import REWINDS, TABLE, table
 from recipes import models
 
 
@@ -98,3 +99,8 @@ def test_the_loop_runs_what_the_table_allows(name):
                 alive = row["alive"]
             for parameter in model.parameters():
                 assert parameter.isfinite().all()
+
+
+def test_the_documentation_has_this_table():
+    document = Path(__file__).parents[2] / "docs" / "pruners.md"
+    assert table() in document.read_text(encoding="utf-8")
