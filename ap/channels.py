@@ -289,7 +289,8 @@ class Channels:
         axis = source.axis
         keeps = node.op in ("mean", "amax", "amin") or node.op.startswith(_CONSTANT_KEEPING)
         if node.op.startswith("AvgPool") and node.module is not None:
-            keeps = not any(np.atleast_1d(getattr(node.module, "padding", 1)))
+            plain = getattr(node.module, "divisor_override", None) is None
+            keeps = plain and not any(np.atleast_1d(getattr(node.module, "padding", 1)))
         if node.op in ("mean", "sum", "amax", "amin", "max", "min"):
             dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
             if not isinstance(dims, (int, tuple, list)) or node.op in ("max", "min"):
@@ -463,7 +464,7 @@ def _padded(module: nn.Module | None) -> bool:
 def _apply(node: Node, values: Tensor) -> Tensor:
     """An activation of these values, in evaluation mode."""
     if node.module is not None:
-        own = next(node.module.parameters(), None)
+        own = next((x for x in [*node.module.parameters(), *node.module.buffers()] if x.is_floating_point()), None)
         was = node.module.training
         node.module.eval()
         try:

@@ -50,6 +50,15 @@ class GraSP(Pruner):
         def cooled(outputs: Tensor, targets: Tensor) -> Tensor:
             return loss(outputs / self.temperature, targets)
 
+        try:
+            return self._products(model, masks, given, cooled)
+        except RuntimeError as error:
+            if "not implemented" not in str(error) and "not differentiable" not in str(error):
+                raise
+            raise ValueError(f"grasp differentiates twice, which a part of this model cannot: {error}") from error
+
+    def _products(self, model: nn.Module, masks: Masks, given: Batches, cooled: LossFn) -> dict[str, Tensor]:
+        """w · (H g), H g by a second backward pass through g · ∂L/∂w, batch by batch."""
         fixed = summed_gradients(model, masks, given, cooled)
         weights = {name: masks.weight(name) for name in masks}
         products = {name: torch.zeros_like(gradient) for name, gradient in fixed.items()}

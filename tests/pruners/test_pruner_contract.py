@@ -200,6 +200,14 @@ def test_a_generator_is_enough_even_for_several_rounds_and_passes():
         assert masks.alive == masks.total - round(0.5 * masks.total)
 
 
+def test_grasp_says_when_a_part_cannot_be_differentiated_twice():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="grasp differentiates twice"):
+        pruners.create("grasp").prune(
+            model, Masks(model), 0.5, [(torch.rand(3, 4), torch.zeros(3).long())], F.cross_entropy
+        )
+
+
 def test_all_zero_and_non_finite_scores_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     nn.init.zeros_(model[2].weight)
