@@ -1,0 +1,305 @@
+"""The command line: python -m recipes list | run | resume | compare | dnr | study."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import ap.activations
+import pruners
+from ap import criteria
+from ap.names import unknown
+from recipes import data as data_sets
+from recipes import experiment, models, presets, report
+from recipes.config import Experiment
+from recipes.engine import Engine, Stopped, device_of
+from recipes.progress import Progress
+from recipes.storage import locked
+
+COMMANDS = {
+    "list": "presets, with what they cost, and the names of arms, pruners, activations, models and data sets",
+    "run": "run PRESET [options]: every arm × seed, each in its own folder; goes on where it was stopped",
+    "resume": "resume DIR: goes on with a stopped experiment; one that is finished is only reported",
+    "compare": "compare DIR...: tables, paired differences, plots",
+    "dnr": "dnr MODEL [options]: the dead-neuron rates of a model on data",
+    "study": "study NAME [options]: what an activation's paper claims, rebuilt and checked",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 1 for runs that failed, 2 for bad input, 130 when stopped."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m recipes COMMAND ...\n")
+        for name, about in COMMANDS.items():
+            print(f"  {name:8} {about}")
+        print("\nEach command explains its options with --help.")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)  # type: ignore[assignment]
+    try:
+        if command not in COMMANDS:
+            raise unknown("command", command, COMMANDS)
+        return int(globals()[f"_{command}"](rest) or 0)
+    except experiment.Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+# --- list -----------------------------------------------------------------------------------------------------------
+
+
+def _list(arguments: list[str]) -> None:
+    _no_more(arguments, "list")
+    print("presets                                (python -m recipes run PRESET --dry-run measures the time)")
+    for name, preset in presets.PRESETS.items():
+        config = preset.experiment
+        trainings = sum(config.trainings(job.arm) for job in experiment.jobs(config))
+        epochs = sum(config.total_epochs(job.arm) for job in experiment.jobs(config))
+        print(f"  {name:24} {preset.about}")
+        print(f"  {'':24} {' '.join(config.ap)} × {config.seeds} seeds: {trainings} trainings, {epochs:,} epochs")
+    for title, names in {
+        "arms (--ap, variant or variant:criterion)": ["none", "lite", "pro", "solo"],
+        "criteria": criteria.names(),
+        "pruners (--pruner)": pruners.names(),
+        "activations (--activation)": ap.activations.names(),
+        "models (--model), or package.module:factory": models.names(),
+        "data sets (--data), or a folder of images": data_sets.names(),
+    }.items():
+        print(f"\n{title}\n  {_wrap(names)}")
+
+
+def _wrap(names: list[str], width: int = 96) -> str:
+    import textwrap
+
+    return "\n  ".join(textwrap.wrap("  ".join(names), width, break_on_hyphens=False, break_long_words=False))
+
+
+# --- run, resume ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """Every arm × seed of an experiment."""
+
+    out: Path
+    """The experiment's folder."""
+    experiment: tyro.conf.OmitArgPrefixes[Experiment]
+    dry_run: bool = False
+    """Only say what it would cost, from a short measurement."""
+    workers: int | None = None
+    """How many runs go side by side; default: as many as there are cores, one on a GPU."""
+    quiet: bool = False
+    """No progress."""
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        name, rest = "quickstart", arguments
+    elif not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"run needs a preset first: {', '.join(presets.PRESETS)}")
+    else:
+        name, rest = arguments[0], arguments[1:]
+    base = presets.get(name).experiment
+    default = Run(out=Path("runs") / name, experiment=base)
+    options = tyro.cli(Run, args=rest, default=default, prog=f"python -m recipes run {name}")
+    config = options.experiment
+    experiment.check(config)
+    if options.dry_run:
+        _cost(config)
+        return 0
+    return _execute(config, options.out, options.workers, options.quiet)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Goes on with a stopped experiment."""
+
+    out: tyro.conf.Positional[Path]
+    """The experiment's folder."""
+    workers: int | None = None
+    """How many runs go side by side."""
+    quiet: bool = False
+    """No progress."""
+
+
+def _resume(arguments: list[str]) -> int:
+    options = tyro.cli(Resume, args=arguments, prog="python -m recipes resume")
+    return _execute(experiment.load(options.out), options.out, options.workers, options.quiet)
+
+
+def _execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> int:
+    with locked(out):
+        experiment.prepare(config, out)
+        left = [job for job in experiment.jobs(config) if not experiment.is_done(out, job)]
+        progress = Progress(config, left, quiet)
+        try:
+            experiment.execute(config, out, progress, workers)
+        except Stopped:
+            progress.close()
+            print(f"stopped; go on with: python -m recipes resume {out}", file=sys.stderr)
+            return 130
+        finally:
+            progress.close()
+        found = report.of_folder(out)
+        pictures = found.save(out)
+    print(found)
+    print(f"\nplots: {', '.join(str(path) for path in pictures)}")
+    print(f"tables: {out / 'summary.md'}, {out / 'summary.csv'}, {out / 'summary.json'}")
+    print(f"TensorBoard: tensorboard --logdir {out}")
+    return 0
+
+
+def _cost(config: Experiment) -> None:
+    """Times a few steps of the real training, and multiplies."""
+    data = experiment.load_data(config)
+    engine = Engine(config, data, config.first_seed)
+    model = engine.prepare(experiment.build(config, data, config.first_seed))
+    training = engine.training(model, 0, 0)
+    began: list[float] = []
+
+    def after_step(step: int) -> None:
+        began.append(time.perf_counter())
+        if step > 3 and (began[-1] - began[0] > 3 or step > 30):
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        training.run_epoch(after_step)
+    per_step = (began[-1] - began[0]) / max(1, len(began) - 1)
+    todo = experiment.jobs(config)
+    trainings = sum(config.trainings(job.arm) for job in todo)
+    steps = sum(config.total_epochs(job.arm) for job in todo) * engine.steps_per_epoch
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{config.model} ({weights:,} parameters) on {config.data}: {len(data.train):,} images, {engine.device}")
+    print(f"{len(todo)} runs ({' '.join(config.ap)} × {config.seeds} seeds), {trainings} trainings, {steps:,} steps")
+    print(
+        f"a step takes {1e3 * per_step:.1f} ms here: about {_duration(per_step * steps)} for all, one after the other"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(75), _duration(7300)
+    ('1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:,.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+# --- compare --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Tables, paired differences and plots of experiments, finished or not."""
+
+    out: tyro.conf.Positional[tuple[Path, ...]]
+    """The experiments' folders."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+def _compare(arguments: list[str]) -> None:
+    options = tyro.cli(Compare, args=arguments, prog="python -m recipes compare")
+    if not options.out:
+        raise ValueError("compare needs the folder of an experiment")
+    for out in options.out:
+        found = report.of_folder(out)
+        pictures = found.save(out)
+        if options.json:
+            print(json.dumps(found.to_dict()))
+            continue
+        config = found.config
+        print(f"{out}: {config.model} on {config.data}, pruner {config.pruner}, {config.epochs} epochs a training")
+        print(found)
+        print(f"plots: {', '.join(str(path) for path in pictures)}\n")
+
+
+# --- dnr ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DNR:
+    """The dead-neuron rates of a model on data."""
+
+    model: tyro.conf.Positional[str]
+    """A name of `recipes.models.names()`, or package.module:factory."""
+    data: str = "digits"
+    """A data set, or a folder of images."""
+    data_root: str | None = None
+    """Where the data's files are; $AP_DATA or ./data if not given."""
+    download: bool = False
+    """Whether missing data may be downloaded."""
+    weights: str | None = None
+    """A file of weights: safetensors, or a torch state dict."""
+    activation: str | None = None
+    """The activation; the model's own if not given."""
+    split: Annotated[str, tyro.conf.arg(metavar="train|val|test")] = "test"
+    """Which images."""
+    images: int = 1000
+    """How many."""
+    image_size: int | None = None
+    """For a folder of images: the side in pixels they are resized to."""
+    device: str = "auto"
+    """cpu, cuda …"""
+    json: Path | None = None
+    """Write the report as JSON here."""
+    plot: Path | None = None
+    """Write a bar chart of the layers here (PNG)."""
+
+
+def _dnr(arguments: list[str]) -> None:
+    from ap import measure_dnr
+    from recipes import plots
+    from recipes.engine import Resident
+    from recipes.storage import write_json
+
+    options = tyro.cli(DNR, args=arguments, prog="python -m recipes dnr")
+    if options.split not in ("train", "val", "test"):
+        raise ValueError(f"--split must be train, val or test, not {options.split!r}")
+    if options.images < 1:
+        raise ValueError(f"--images must be 1 or more, not {options.images}")
+    fields = {
+        name: getattr(options, name) for name in ("model", "data", "data_root", "download", "weights", "activation")
+    }
+    config = Experiment(**fields, image_size=options.image_size, device=options.device)
+    data = experiment.load_data(config)
+    device = device_of(options.device)
+    model = experiment.build(config, data, 0).to(device)
+    if options.weights is None:
+        print("no --weights given: these are random initial weights", file=sys.stderr)
+    images = Resident(getattr(data, options.split), data, device)
+    found = measure_dnr(model, images.batches(size=100, limit=options.images))
+    print(found)
+    if options.json:
+        write_json(options.json, {"schema": 1, "model": options.model, "data": options.data, **found.to_dict()})
+    if options.plot:
+        plots.bars(found, options.plot, f"{options.model} on {options.data}")
+
+
+# --- study ----------------------------------------------------------------------------------------------------------
+
+
+def _study(arguments: list[str]) -> int:
+    from recipes import studies
+
+    return int(studies.cli(arguments) or 0)
+
+
+def _no_more(arguments: list[str], command: str) -> None:
+    if arguments:
+        raise ValueError(f"{command} takes no arguments, got {' '.join(arguments)}")

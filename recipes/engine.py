@@ -1,0 +1,409 @@
+"""One training run, the same code on a CPU and on a GPU.
+
+The data set stays on the device as bytes and is augmented there; the order of the images and their augmentation depend
+on the seed and the epoch only, so that all arms of a seed see the same. Nothing is read back to the host in a step on a
+GPU except every `CHECK_EVERY` steps, to see whether the loss is still finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ap.activations import is_activation
+from recipes.config import Experiment, Span
+from recipes.data import ImageData, ImageSet
+
+CHECK_EVERY = 50
+PADDING = 4  # of random crops, as in the published CIFAR recipes
+EVAL_BATCH = 1000
+
+
+class Diverged(FloatingPointError):
+    """The loss is no longer a finite number; the message says at which step, in which layer, at which learning rate."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and did, after a whole step."""
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name, "auto" being a GPU where there is one; ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def derived_seed(*numbers: int) -> int:
+    """One well-mixed seed from several numbers.
+
+    >>> derived_seed(0, 1) == derived_seed(0, 1), derived_seed(0, 1) == derived_seed(1, 0)
+    (True, False)
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Resident:
+    """Images on the device as bytes, [N, H, W, C] so that a batch comes out in channels_last without a copy.
+
+    Args:
+        images: the set.
+        data: where it is from; its mean and deviation normalise each batch.
+        device: where it is to stay.
+        augment: "none" or "crop-flip".
+    """
+
+    def __init__(self, images: ImageSet, data: ImageData, device: torch.device, augment: str = "none") -> None:
+        self.augment = augment
+        self.size = data.image_size
+        pixels = images.images.permute(0, 2, 3, 1).contiguous()
+        if augment == "crop-flip":
+            pixels = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))
+        self.images = pixels.to(device)
+        self.labels = images.labels.to(device)
+        self.mean = torch.tensor(data.mean, device=device)
+        self.scale = 1 / torch.tensor(data.std, device=device)
+        self.range = torch.arange(self.size, device=device)
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def epoch(self, seed: int, epoch: int) -> Plan:
+        """The order and the augmentation of one epoch. Drawn on the CPU: the same on every device."""
+        generator = torch.Generator().manual_seed(derived_seed(seed, epoch, 1))
+        device = self.labels.device
+        order = torch.randperm(len(self), generator=generator)
+        if self.augment == "none":
+            return Plan(order.to(device), None)
+        offsets = torch.randint(0, 2 * PADDING + 1, (2, len(self)), generator=generator)
+        mirrored = torch.randint(0, 2, (1, len(self)), generator=generator)
+        return Plan(order.to(device), torch.cat([offsets, mirrored]).to(device))
+
+    def batch(self, plan: Plan, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Positions start … stop of the epoch: images float32 [n, C, H, W] (channels_last) and labels [n]."""
+        index = plan.order[start:stop]
+        if plan.offsets is None:
+            pixels = self.images[index]
+        else:
+            top, left, mirrored = plan.offsets[:, start:stop]
+            rows = top[:, None] + self.range
+            columns = torch.where(mirrored[:, None] == 1, self.size - 1 - self.range, self.range) + left[:, None]
+            pixels = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return self._normalised(pixels), self.labels[index]
+
+    def batches(self, size: int = EVAL_BATCH, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images (or the first `limit`) in order, without augmentation."""
+        count = len(self) if limit is None else min(limit, len(self))
+        inner = slice(PADDING, PADDING + self.size) if self.augment == "crop-flip" else slice(None)
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            yield self._normalised(self.images[start:stop, inner, inner]), self.labels[start:stop]
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return pixels.float().sub_(self.mean).mul_(self.scale).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch: the order of the images [N], and top, left and mirroring of each position [3, N]."""
+
+    order: Tensor
+    offsets: Tensor | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step.
+
+    Warm-up is linear from 0; each milestone that has passed multiplies the rate by gamma and wins over what is left of
+    the warm-up; "cosine" and "linear" fall to 0 at the last step.
+
+    >>> schedule = Schedule(lr=1.0, total=10, warmup=4, kind="steps", milestones=(3,), gamma=0.1)
+    >>> [round(schedule(step), 3) for step in range(5)]
+    [0.25, 0.5, 0.75, 0.1, 0.1]
+    """
+
+    lr: float
+    total: int
+    warmup: int = 0
+    kind: str = "constant"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        """The rate that the step with this number (from 0) is made with."""
+        passed = sum(step >= milestone for milestone in self.milestones)
+        if passed:
+            return self.lr * self.gamma**passed
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.total - self.warmup)
+        if self.kind == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (1 - progress) if self.kind == "linear" else self.lr
+
+    @classmethod
+    def of(cls, config: Experiment, steps_per_epoch: int, cycle: int) -> Schedule:
+        """The schedule of the trainings of this cycle."""
+        return cls(
+            lr=config.training_lr(cycle),
+            total=config.training_epochs(cycle) * steps_per_epoch,
+            warmup=Span.parse(config.warmup, "warmup").steps(steps_per_epoch),
+            kind=config.schedule,
+            milestones=tuple(Span.parse(text, "milestones").steps(steps_per_epoch) for text in config.milestones),
+            gamma=config.gamma,
+        )
+
+
+class Engine:
+    """What all trainings of a run share: the data on the device, precision, optimizer, evaluation.
+
+    Args:
+        config: the experiment.
+        data: its data set.
+        seed: of the data order and the augmentation.
+
+    Raises:
+        ValueError: a device that is not there, or a batch larger than the training set.
+    """
+
+    def __init__(self, config: Experiment, data: ImageData, seed: int) -> None:
+        if config.batch_size > len(data.train):
+            raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+        self.config, self.seed = config, seed
+        self.device = device_of(config.device)
+        on_gpu = self.device.type == "cuda"
+        self.channels_last = on_gpu  # on a CPU small convolutions are slower with it
+        self.half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
+        if on_gpu:
+            torch.backends.cudnn.benchmark = not config.deterministic
+        torch.use_deterministic_algorithms(config.deterministic)
+        augment = data.augment if config.augment == "data" else config.augment
+        self.train_set = Resident(data.train, data, self.device, augment)
+        self.val_set = Resident(data.val, data, self.device) if len(data.val) else None
+        self.test_set = Resident(data.test, data, self.device)
+        self.steps_per_epoch = len(data.train) // config.batch_size
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on the device, in the memory format that is fast there."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the forward pass computes in bfloat16, if it does."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.half else contextlib.nullcontext()
+
+    def loss_fn(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy, without smoothing: what pruners that need a loss are given, and what is reported."""
+        return F.cross_entropy(outputs.float(), targets)
+
+    def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """A fresh optimizer, fused, without decay on activations' own parameters."""
+        config = self.config
+        groups = _decay_groups(model, config.weight_decay)
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        return kind(groups, lr=lr, betas=(config.momentum, 0.999), fused=True)
+
+    def score_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Training images without augmentation, for pruners and criteria that need data; the same for every arm."""
+        plan = Plan(self.train_set.epoch(self.seed, 0).order, None)
+        size, count = self.config.batch_size, self.config.score_batches
+        if self.train_set.augment == "crop-flip":
+            centre = torch.tensor([[PADDING], [PADDING], [0]], device=self.device).expand(3, len(self.train_set))
+            plan = Plan(plan.order, centre)
+        return [
+            self.train_set.batch(plan, i * size, (i + 1) * size) for i in range(min(count, len(self.train_set) // size))
+        ]
+
+    def probe_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The held-out images that dead neurons are counted on: of the validation set, or the test set without one."""
+        return list((self.val_set or self.test_set).batches(limit=self.config.probe))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, images: Resident) -> tuple[float, float]:
+        """(accuracy in [0, 1], mean cross-entropy), in evaluation mode."""
+        model.eval()
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for x, y in images.batches():
+            with self.autocast():
+                outputs = model(x).float()
+            right += (outputs.argmax(1) == y).sum()
+            loss += F.cross_entropy(outputs, y, reduction="sum")
+        return int(right) / len(images), float(loss) / len(images)
+
+    def training(self, model: nn.Module, start_step: int, cycle: int) -> Training:
+        """A training of `model` from where it stands."""
+        return Training(self, model, start_step, cycle)
+
+
+class Training:
+    """One training under way: it can be saved after any step, and goes on to the same result.
+
+    Args:
+        engine: what it shares with other trainings.
+        model: the model, prepared; trained in place.
+        start_step: the step that its weights stand at.
+        cycle: of the experiment, for the schedule.
+
+    Attributes:
+        step: how many steps have been made, those before `start_step` included.
+        last_loss: the mean loss over the last whole epoch.
+    """
+
+    def __init__(self, engine: Engine, model: nn.Module, start_step: int, cycle: int) -> None:
+        self.engine, self.model = engine, model
+        self.schedule = Schedule.of(engine.config, engine.steps_per_epoch, cycle)
+        self.step = start_step
+        self.last_loss: float | None = None
+        self.optimizer = engine.optimizer(model, self.schedule(start_step))
+        self.seconds = 0.0
+        self._loss_sum = torch.zeros((), device=engine.device)
+        self._loss_steps = 0
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=engine.device)
+        self._forward = torch.compile(model) if engine.config.compile else model
+        # Dropout and the like: the same draws in every arm, and in a training that is continued (see state_dict).
+        torch.manual_seed(derived_seed(engine.seed, cycle, 2))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next step belongs to."""
+        return self.step // self.engine.steps_per_epoch
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been made."""
+        return self.step >= self.schedule.total
+
+    def run_epoch(self, after_step: Callable[[int], None]) -> float:
+        """The rest of the current epoch; returns the mean loss over the steps of this epoch.
+
+        Args:
+            after_step: called after each step with the number of steps made; may raise `Stopped`.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        engine, size = self.engine, self.engine.config.batch_size
+        on_cpu = engine.device.type == "cpu"
+        smoothing = engine.config.label_smoothing
+        plan = engine.train_set.epoch(engine.seed, self.epoch)
+        end = min((self.epoch + 1) * engine.steps_per_epoch, self.schedule.total)
+        self.model.train()
+        began = time.perf_counter()
+        try:
+            while self.step < end:
+                place = self.step % engine.steps_per_epoch * size
+                x, y = engine.train_set.batch(plan, place, place + size)
+                rate = self.schedule(self.step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                with engine.autocast():
+                    outputs = self._forward(x)
+                loss = F.cross_entropy(outputs.float(), y, label_smoothing=smoothing)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if on_cpu and not math.isfinite(loss.item()):  # before the step spoils all weights
+                    raise self._diverged(self.step, x, rate)
+                self.optimizer.step()
+                self._note(loss.detach())
+                self.step += 1
+                if not on_cpu and (self.step % CHECK_EVERY == 0 or self.step == end) and int(self._bad_step) >= 0:
+                    raise self._diverged(int(self._bad_step), x, rate)
+                after_step(self.step)
+        finally:
+            self.seconds += time.perf_counter() - began
+        self.last_loss = float(self._loss_sum) / max(1, self._loss_steps)
+        self._loss_sum.zero_()
+        self._loss_steps = 0
+        return self.last_loss
+
+    def _note(self, loss: Tensor) -> None:
+        self._loss_sum += loss
+        self._loss_steps += 1
+        if loss.device.type != "cpu":
+            first = ~torch.isfinite(loss) & (self._bad_step < 0)
+            self._bad_step.masked_fill_(first, self.step)
+
+    def _diverged(self, step: int, x: Tensor, rate: float) -> Diverged:
+        return Diverged(
+            f"the loss is not finite at step {step} (epoch {step // self.engine.steps_per_epoch}), learning rate "
+            f"{rate:g}: {_first_bad_layer(self.model, x)}. Lower --lr, or lengthen --warmup"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of this training depends on, the model included."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "loss_sum": self._loss_sum,
+            "loss_steps": self._loss_steps,
+            "last_loss": self.last_loss,
+            "seconds": self.seconds,
+            "rng": torch.get_rng_state(),
+        }
+        if self.engine.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.engine.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.last_loss, self.seconds = state["step"], state["last_loss"], state["seconds"]
+        self._loss_sum.copy_(state["loss_sum"])
+        self._loss_steps = state["loss_steps"]
+        torch.set_rng_state(state["rng"])
+        if "rng_cuda" in state:
+            torch.cuda.set_rng_state(state["rng_cuda"], self.engine.device)
+
+
+def _decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Parameters with weight decay, and those of activations (slopes, widths), for which 0 has no special meaning."""
+    own = {id(p) for module in model.modules() if is_activation(module) for p in module.parameters()}
+    decayed = [p for p in model.parameters() if id(p) not in own]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": decay}]
+    if own:
+        groups.append({"params": [p for p in model.parameters() if id(p) in own], "weight_decay": 0.0})
+    return groups
+
+
+@torch.no_grad()
+def _first_bad_layer(model: nn.Module, x: Tensor) -> str:
+    """Says which layer first gives a number that is not finite; the loss alone overflowed if none does."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the weights of {name} are not finite"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"{found[0]} is the first layer whose output is not finite" if found else "the outputs are finite but huge"

@@ -1,0 +1,382 @@
+"""Arms × seeds, each in a folder of its own: run, stopped, resumed, and side by side on a CPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import pruners
+from ap import DNRMonitor, Masks, measure_dnr
+from ap.cycles import Cycles, Run
+from ap.tensorboard import layout, write_pictures
+from recipes import data as data_sets
+from recipes import models
+from recipes.config import SCHEMA, Arm, Experiment, differences
+from recipes.effective import effective
+from recipes.engine import Diverged, Engine, Stopped, device_of
+from recipes.storage import Checkpoints, FolderError, locked, read_json, read_rows, write_json, write_rows
+
+SAVE_EVERY_S = 20.0  # a checkpoint in the middle of a training, at the end of an epoch, at most this often
+Say = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm with a seed."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.arm.folder}-seed{self.seed}"
+
+
+class Failed(RuntimeError):
+    """Some runs did not end well; the message says which and why, one a line."""
+
+
+def jobs(config: Experiment) -> list[Job]:
+    """All runs of an experiment, the seeds outermost, so that an unfinished experiment is still paired."""
+    return [Job(arm, seed) for seed in config.seed_list for arm in config.arms]
+
+
+def prepare(config: Experiment, out: Path) -> None:
+    """Writes the experiment's configuration into its folder, or checks the one that is there.
+
+    Raises:
+        FolderError: the folder belongs to another experiment, or to something else.
+    """
+    path = out / "experiment.json"
+    if path.exists():
+        saved = read_json(path)
+        odd = differences(saved.get("experiment", {}), config.to_dict())
+        if odd:
+            raise FolderError(f"{out} holds another experiment ({'; '.join(odd)}): choose another --out")
+    elif out.exists() and any(child.name != ".lock" for child in out.iterdir()):
+        raise FolderError(f"{out} is not empty, and not the folder of an experiment: choose another --out")
+    else:
+        write_json(path, {"schema": SCHEMA, "experiment": config.to_dict()})
+
+
+def load(out: Path) -> Experiment:
+    """The configuration of the experiment in a folder."""
+    saved = read_json(out / "experiment.json")
+    if saved.get("schema") != SCHEMA:
+        raise FolderError(f"{out}: written by another version (schema {saved.get('schema')}, not {SCHEMA})")
+    return Experiment.from_dict(saved["experiment"])
+
+
+def rows(out: Path, config: Experiment) -> dict[Job, list[dict[str, Any]]]:
+    """The rows of every run that has any."""
+    found = {job: out / job.name / "metrics.jsonl" for job in jobs(config)}
+    return {job: read_rows(path) for job, path in found.items() if path.exists()}
+
+
+def is_done(out: Path, job: Job) -> bool:
+    """Whether a run has come to its end."""
+    return (out / job.name / "done.json").exists()
+
+
+def execute(config: Experiment, out: Path, say: Say, workers: int | None = None) -> None:
+    """Runs what is left of an experiment.
+
+    On a CPU several runs go side by side, one process each, with `threads` threads; on a GPU one after the other.
+
+    Raises:
+        Stopped: by SIGINT or SIGTERM, after every run has saved where it stands.
+        Failed: a run diverged or broke; the others went on.
+    """
+    check(config)
+    left = [job for job in jobs(config) if not is_done(out, job)]
+    if not left:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_gpu = device_of(config.device).type != "cpu"
+    workers = workers or (1 if on_gpu else min(len(left), max(1, cores // (config.threads or 1))))
+    threads = config.threads or max(1, cores // workers)
+    # The data set is packed before several processes want it.
+    load_data(config)
+    context = multiprocessing.get_context("spawn")
+    stop, queue = context.Event(), context.Queue()
+    failures: list[str] = []
+    with stopping(stop), ProcessPoolExecutor(workers, context, _start, (stop, queue, threads, os.getpid())) as pool:
+        pending: dict[Future[str], Job] = {pool.submit(_work, config, out, job): job for job in left}
+        while pending:
+            finished, _ = wait(pending, timeout=0.2)
+            while not queue.empty():
+                say(queue.get())
+            for future in finished:
+                job = pending.pop(future)
+                try:
+                    outcome = future.result()
+                except Exception as error:
+                    outcome = f"{type(error).__name__}: {error}"
+                if outcome not in ("done", "stopped"):
+                    failures.append(f"{job.name}: {outcome}")
+                say({"event": outcome if outcome in ("done", "stopped") else "failed", "job": job.name, "why": outcome})
+            if stop.is_set():
+                for future in list(pending):
+                    if future.cancel():
+                        del pending[future]
+        while not queue.empty():
+            say(queue.get())
+    if stop.is_set():
+        raise Stopped
+    if failures:
+        raise Failed("\n".join(failures))
+
+
+def check(config: Experiment) -> None:
+    """What only the whole configuration tells: combinations of pruner, arms and rewinding, and the device."""
+    device_of(config.device)
+    for arm in config.arms:
+        pruners.check_combination(config.pruner, arm.variant, config.rewind)
+
+
+def load_data(config: Experiment) -> Any:
+    """The experiment's data set."""
+    options: dict[str, Any] = {"download": config.download, "val": config.val}
+    if config.data_is_folder:
+        return data_sets.load("folder", root=config.data, size=config.image_size, **options)
+    return data_sets.load(config.data, root=config.data_root, size=config.image_size, **options)
+
+
+def build(config: Experiment, data: Any, seed: int) -> nn.Module:
+    """The model at its initial weights, which depend on the seed only."""
+    torch.manual_seed(seed)
+    return models.create(
+        config.model,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        activation=config.activation,
+        weights=config.weights,
+    )
+
+
+@contextmanager
+def stopping(stop: Event) -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM set the event instead of ending the process; a second SIGINT ends it."""
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start(stop: Event, queue: Any, threads: int, parent: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent is told, and tells us
+    torch.set_num_threads(threads)
+    _worker.update(stop=stop, queue=queue, parent=parent)
+
+
+def _work(config: Experiment, out: Path, job: Job) -> str:
+    def stopped() -> bool:
+        if os.getppid() != _worker["parent"]:
+            os._exit(1)  # the parent was killed: do not go on writing behind the back of whoever resumes
+        return bool(_worker["stop"].is_set())
+
+    try:
+        run(config, out / job.name, job, _worker["queue"].put, stopped)
+    except Stopped:
+        return "stopped"
+    except (Diverged, FloatingPointError, ValueError, OSError) as error:
+        return str(error)
+    return "done"
+
+
+def run(config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
+    """One run, from where it stands to its end."""
+    with locked(folder):
+        if not (folder / "config.json").exists():
+            whole = {"schema": SCHEMA, "arm": str(job.arm), "seed": job.seed, "experiment": config.to_dict()}
+            write_json(folder / "config.json", whole)
+        _Run(config, folder, job, say, stopped).execute()
+
+
+class _Run:
+    def __init__(self, config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
+        self.config, self.folder, self.job, self.say, self.stopped = config, folder, job, say, stopped
+        self.data = load_data(config)
+        self.engine = Engine(config, self.data, job.seed)
+        self.model = self.engine.prepare(build(config, self.data, job.seed))
+        self.loop = Cycles(
+            self.model,
+            None if job.arm.variant == "solo" else pruners.create(config.pruner),
+            cycles=config.cycles,
+            amount=config.amount,
+            ap=job.arm.variant,
+            rate=config.rate,
+            criterion=job.arm.criterion,
+            where=config.where if config.where in ("all", "rectified") else config.where.split(","),
+            allocation=config.allocation,
+            rewind=config.rewind,
+            batches=self.engine.score_batches(),
+            loss_fn=self.engine.loss_fn,
+            steps_per_epoch=self.engine.steps_per_epoch,
+            seed=job.seed,
+        )
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.unfinished: dict[str, Any] | None = None
+        self.saved_at = 0.0
+
+    def execute(self) -> None:
+        """Runs all that is left."""
+        state = self.checkpoints.latest()
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.loop.load_state_dict(state["loop"])
+            self.unfinished = state["training"]
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.monitor = DNRMonitor(self.model, every=self.config.monitor_every) if self.config.monitor_every else None
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    self.loop.run(self.train, self.on_phase)
+                finally:
+                    for warning in {str(w.message) for w in caught if issubclass(w.category, UserWarning)}:
+                        self.say({"event": "warning", "job": self.job.name, "why": warning})
+            self.finish()
+        finally:
+            self.writer.close()
+
+    def on_phase(self, loop: Cycles) -> None:
+        """Between trainings: the state is whole."""
+        self.save(None)
+        write_rows(self.folder / "metrics.jsonl", loop.history)
+
+    def save(self, training: dict[str, Any] | None) -> None:
+        model = self.model.state_dict()
+        self.checkpoints.save({"model": model, "loop": self.loop.state_dict(), "training": training})
+        self.saved_at = time.monotonic()
+
+    def train(self, model: nn.Module, masks: Masks, run: Run) -> dict[str, Any]:
+        """One training, then what is measured of the trained network."""
+        training = self.engine.training(model, run.start_step, run.cycle)
+        if self.unfinished is not None:
+            training.load_state_dict(self.unfinished)
+            self.unfinished = None
+
+        def after_step(step: int) -> None:
+            run.reached(step)
+            if self.stopped():
+                raise Stopped
+
+        try:
+            with self.monitor or _nothing():
+                while not training.done:
+                    loss = training.run_epoch(after_step)
+                    self.note(training, run, loss, masks)
+                    if not training.done and time.monotonic() - self.saved_at > SAVE_EVERY_S:
+                        self.save(training.state_dict())
+        except Stopped:
+            self.save(training.state_dict())
+            raise
+        if run.phase == "retrain":
+            return {}
+        return self.measure(model, masks, run, training)
+
+    def note(self, training: Any, run: Run, loss: float, masks: Masks) -> None:
+        """After each epoch: progress, and TensorBoard."""
+        step = run.cycle * training.schedule.total + training.step
+        self.writer.add_scalar(f"loss/{run.phase}", loss, step)
+        total = None
+        if self.monitor is not None:
+            try:
+                total = self.monitor.report("train").total
+                self.monitor.log(self.writer, step, masks.density)
+                self.monitor.reset()
+            except ValueError:  # nothing in this model can die
+                self.monitor = None
+        fields = {"cycle": run.cycle, "phase": run.phase, "epoch": training.epoch, "loss": loss, "dnr": total}
+        self.say({"event": "epoch", "job": self.job.name, **fields})
+
+    def measure(self, model: nn.Module, masks: Masks, run: Run, training: Any) -> dict[str, Any]:
+        """A row: accuracy on the validation and the test images, dead neurons on the probe, what density hides."""
+        engine = self.engine
+        val = engine.evaluate(model, engine.val_set) if engine.val_set is not None else (None, None)
+        test = engine.evaluate(model, engine.test_set)
+        row: dict[str, Any] = {
+            "accuracy": test[0],
+            "val_accuracy": val[0],
+            "test_loss": test[1],
+            "train_loss": training.last_loss,
+        }
+        try:
+            report = measure_dnr(model, engine.probe_batches())
+            row |= {"dnr_total": report.total, "dnr_static": report.static, "dnr_dynamic": report.dynamic}
+            row["dnr_layers"] = {n: [d.total, d.static] for n, d in report.layers.items() if d.can_die}
+        except ValueError:
+            row |= {"dnr_total": None, "dnr_static": None, "dnr_dynamic": None, "dnr_layers": {}}
+        side = self.data.image_size
+        hidden = effective(model, masks, (self.data.in_channels, side, side))
+        row |= {"effective_density": hidden.density, "macs": hidden.macs, "dense_macs": hidden.dense_macs}
+        row["train_s"] = training.seconds
+        for key in ("accuracy", "val_accuracy", "dnr_total", "dnr_static", "dnr_dynamic", "effective_density"):
+            if row[key] is not None:
+                tag = f"dnr/eval/model/{key[4:]}" if key.startswith("dnr") else f"trained/{key}"
+                self.writer.add_scalar(tag, row[key], run.cycle)
+        self.writer.add_scalar("accuracy against density (‰)", test[0], round(1000 * masks.density))
+        shown = {"cycle": run.cycle, "accuracy": test[0], "dnr": row["dnr_total"], "density": masks.density}
+        self.say({"event": "row", "job": self.job.name, **shown})
+        return row
+
+    def finish(self) -> None:
+        """The last things: metrics, pictures, hparams, and that it is done."""
+        write_rows(self.folder / "metrics.jsonl", self.loop.history)
+        last = self.loop.history[-1]
+        if self.monitor is not None and self.monitor.history:
+            write_pictures(self.writer, self.monitor.history, last["cycle"])
+        layers = [name for name, _ in last.get("dnr_layers", {}).items()]
+        if layers:
+            self.writer.add_custom_scalars(layout(layers))
+        settings = {k: v for k, v in self.config.to_dict().items() if isinstance(v, (int, float, str, bool))}
+        settings |= {"arm": str(self.job.arm), "seed": self.job.seed}
+        self.writer.add_hparams(settings, {"trained/last_accuracy": last["accuracy"]}, run_name="hparams")
+        write_json(self.folder / "done.json", {"schema": SCHEMA, "rows": len(self.loop.history)})
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def say_nothing(event: dict[str, Any]) -> None:
+    """For callers that want no progress."""
+
+
+def on_terminal() -> bool:
+    """Whether progress can be drawn."""
+    return sys.stderr.isatty()
+
+
+__all__ = ["Failed", "FolderError", "Job", "Stopped", "execute", "is_done", "jobs", "load", "prepare", "rows"]

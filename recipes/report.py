@@ -1,0 +1,245 @@
+"""What an experiment found: tables, a sentence, files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from recipes import experiment, plots
+from recipes.config import SCHEMA, Experiment
+from recipes.statistics import Mean, Paired, holm, mean_of, paired
+from recipes.storage import FolderError, write_json, write_whole
+
+MARGIN = 0.005  # of the equivalence test: half a percentage point of accuracy
+MEASURES = (
+    "accuracy",
+    "val_accuracy",
+    "dnr_total",
+    "dnr_static",
+    "dnr_dynamic",
+    "effective_density",
+    "negative_share",
+    "overlap_smallest_negative",
+    "overlap_pruner",
+)
+Rows = list[dict[str, Any]]
+
+
+def baseline_of(arm: str, arms: Sequence[str]) -> str | None:
+    """What an arm is compared with: pro with pro:pruner, which has its budget, if that was run; else with none.
+
+    >>> baseline_of("pro", ["none", "pro", "pro:pruner"]), baseline_of("lite", ["none", "lite"])
+    ('pro:pruner', 'none')
+    """
+    if arm.startswith("pro") and arm != "pro:pruner" and "pro:pruner" in arms:
+        return "pro:pruner"
+    return "none" if arm != "none" and "none" in arms else None
+
+
+class Report:
+    """The rows of an experiment, put together over seeds and compared pair by pair.
+
+    Args:
+        config: the experiment.
+        found: the rows of each run.
+
+    Attributes:
+        cells: one for each arm and cycle: means over seeds, and the paired comparisons with its baseline.
+    """
+
+    def __init__(self, config: Experiment, found: dict[experiment.Job, Rows]) -> None:
+        self.config = config
+        self.arms = [str(arm) for arm in config.arms]
+        self.by_arm: dict[str, dict[int, Rows]] = {arm: {} for arm in self.arms}
+        for job, rows in found.items():
+            if rows:
+                self.by_arm[str(job.arm)][job.seed] = rows
+        if not any(self.by_arm.values()):
+            raise FolderError("no trained network has been recorded yet")
+        self.cells = [self._cell(arm, cycle) for cycle in range(config.cycles + 1) for arm in self.arms]
+        self.cells = [cell for cell in self.cells if cell["seeds"]]
+        self._correct()
+
+    def _row(self, arm: str, seed: int, cycle: int) -> dict[str, Any] | None:
+        rows = self.by_arm[arm].get(seed, [])
+        return rows[cycle] if cycle < len(rows) else None
+
+    def _cell(self, arm: str, cycle: int) -> dict[str, Any]:
+        rows = {seed: row for seed in self.by_arm[arm] if (row := self._row(arm, seed, cycle)) is not None}
+        first = next(iter(rows.values()), {})
+        cell: dict[str, Any] = {"arm": arm, "cycle": cycle, "seeds": sorted(rows), "density": first.get("density")}
+        cell["trainings"] = first.get("trainings")
+        cell["shortfall"] = sum(row.get("shortfall", 0) > 0 for row in rows.values())
+        for measure in MEASURES:
+            values = [row[measure] for row in rows.values() if row.get(measure) is not None]
+            cell[measure] = mean_of(values) if values else None
+        base = baseline_of(arm, self.arms)
+        cell["baseline"] = base
+        for measure in ("accuracy", "dnr_total"):
+            pairs = []
+            for seed, row in rows.items():
+                other = self._row(base, seed, cycle) if base else None
+                comparable = other is not None and row.get(measure) is not None and other.get(measure) is not None
+                if comparable and other is not None and row["alive"] == other["alive"]:
+                    pairs.append((row[measure], other[measure]))
+            cell[f"{measure}_difference"] = (
+                paired([a for a, _ in pairs], [b for _, b in pairs], MARGIN) if pairs else None
+            )
+        return cell
+
+    def _correct(self) -> None:
+        """Holm's correction over all comparisons of accuracy after a pruning (the dense networks are the same)."""
+        for measure in ("accuracy_difference", "dnr_total_difference"):
+            cells = [cell for cell in self.cells if cell[measure] is not None and cell["cycle"] > 0]
+            corrected = holm([cell[measure].p for cell in cells])
+            for cell, p in zip(cells, corrected, strict=True):
+                cell[measure] = replace(cell[measure], p_holm=p)
+
+    def sentence(self) -> str:
+        """What is shown, and what is not."""
+        parts = []
+        for arm in self.arms:
+            cells = [
+                c for c in self.cells if c["arm"] == arm and c["cycle"] > 0 and c["accuracy_difference"] is not None
+            ]
+            if not cells:
+                continue
+            base = cells[0]["baseline"]
+            parts.append(f"{arm} against {base}: " + self._verdict(cells))
+        if not parts:
+            return "One arm only, or no pairs of equal density: nothing is compared."
+        return " ".join(parts)
+
+    def _verdict(self, cells: list[dict[str, Any]]) -> str:
+        differences = [cell["accuracy_difference"] for cell in cells]
+        if differences[0].n < 2:
+            low, high = (100 * f(d.difference for d in differences) for f in (min, max))
+            return f"differences from {low:+.2f} to {high:+.2f} points with a single seed, which shows nothing."
+        shown = [
+            c for c in cells if c["accuracy_difference"].p_holm is not None and c["accuracy_difference"].p_holm < 0.05
+        ]
+        texts = []
+        for sign, word in ((1, "better"), (-1, "worse")):
+            at = [c for c in shown if sign * c["accuracy_difference"].difference > 0]
+            if at:
+                ranges = ", ".join(
+                    f"{100 * c['accuracy_difference'].difference:+.2f} at {c['density']:.1%}" for c in at
+                )
+                texts.append(f"accuracy is {word} at {len(at)} of {len(cells)} densities ({ranges} of the weights)")
+        equal = [c for c in cells if c["accuracy_difference"].equivalent]
+        if not texts:
+            texts.append("no difference in accuracy shown at any density")
+        if equal:
+            texts.append(f"equivalent within ±{100 * MARGIN:g} points at {len(equal)} of {len(cells)}")
+        detectable = max(d.detectable for d in differences if d.detectable is not None)
+        texts.append(
+            f"with {differences[0].n} seeds a difference of {100 * detectable:.2f} points could have been missed"
+        )
+        dnr = [c["dnr_total_difference"] for c in cells if c["dnr_total_difference"] is not None]
+        if dnr:
+            lower = sum(d.p_holm is not None and d.p_holm < 0.05 and d.difference < 0 for d in dnr)
+            low, high = min(d.difference for d in dnr), max(d.difference for d in dnr)
+            texts.append(
+                f"the dead-neuron rate changes by {100 * low:+.1f} to {100 * high:+.1f} points, shown to be lower at "
+                f"{lower} of {len(dnr)} densities"
+            )
+        return "; ".join(texts) + "."
+
+    def table(self) -> str:
+        """For a terminal: one line an arm and density, at most 100 columns wide."""
+        lines = [
+            f"{'density':>8}  {'arm':<14} {'seeds':>5}  {'accuracy %':>14}  {'DNR total %':>14}  {'static %':>8}  "
+            f"{'Δ accuracy':>15}  {'Holm p':>6}"
+        ]
+        last = None
+        for cell in self.cells:
+            density = f"{cell['density']:.1%}"
+            d = cell["accuracy_difference"]
+            change, p = ("", "")
+            if d is not None and cell["cycle"]:
+                change = f"{100 * d.difference:+.2f}" + (
+                    f" ± {100 * d.half_width:.2f}" if d.half_width is not None else ""
+                )
+                p = "" if d.p_holm is None else f"{d.p_holm:.3f}"
+            static = cell["dnr_static"]
+            lines.append(
+                f"{density if density != last else '':>8}  {cell['arm'][:14]:<14} {len(cell['seeds']):>5}  "
+                f"{_percent(cell['accuracy']):>14}  {_percent(cell['dnr_total']):>14}  "
+                f"{'' if static is None else f'{100 * static.mean:.2f}':>8}  {change:>15}  {p:>6}"
+                + ("  ran out of candidates" if cell["shortfall"] else "")
+            )
+            last = density
+        return "\n".join(line.rstrip() for line in lines)
+
+    def markdown(self) -> str:
+        """The same as a Markdown table."""
+        head = ["density", "arm", "seeds", "accuracy %", "DNR total %", "static %", "effective density %", "Δ accuracy"]
+        lines = ["| " + " | ".join(head) + " |", "|" + " --: |" * len(head)]
+        for cell in self.cells:
+            d = cell["accuracy_difference"]
+            change = ""
+            if d is not None and cell["cycle"]:
+                change = f"{100 * d.difference:+.2f}" + (
+                    f" ± {100 * d.half_width:.2f}" if d.half_width is not None else ""
+                )
+            values = [f"{cell['density']:.1%}", f"`{cell['arm']}`", str(len(cell["seeds"]))]
+            values += [_percent(cell[m]) for m in ("accuracy", "dnr_total", "dnr_static", "effective_density")]
+            lines.append("| " + " | ".join([*values, change]) + " |")
+        return "\n".join(lines)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Flat rows, one an arm and density, that `pandas.DataFrame` takes as they are."""
+        flat = []
+        for cell in self.cells:
+            row: dict[str, Any] = {}
+            for key, value in cell.items():
+                if isinstance(value, (Mean, Paired)):
+                    row |= {f"{key}_{k}" if k != "mean" else key: v for k, v in asdict(value).items()}
+                elif key == "seeds":
+                    row["seeds"] = len(value)
+                else:
+                    row[key] = value
+            flat.append(row)
+        columns = list(dict.fromkeys(key for row in flat for key in row))
+        return [{key: row.get(key) for key in columns} for row in flat]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        return {
+            "schema": SCHEMA,
+            "experiment": self.config.to_dict(),
+            "sentence": self.sentence(),
+            "cells": self.records(),
+        }
+
+    def save(self, out: Path) -> list[Path]:
+        """Writes the plots, summary.csv, summary.md and at last summary.json; returns what to look at."""
+        pictures = plots.draw(self, out)
+        text = io.StringIO()
+        records = self.records()
+        writer = csv.DictWriter(text, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+        write_whole(out / "summary.csv", text.getvalue())
+        write_whole(out / "summary.md", f"{self.sentence()}\n\n{self.markdown()}\n")
+        write_json(out / "summary.json", self.to_dict())
+        return pictures
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{self.sentence()}"
+
+
+def of_folder(out: Path) -> Report:
+    """The report of an experiment's folder, finished or not."""
+    config = experiment.load(out)
+    return Report(config, experiment.rows(out, config))
+
+
+def _percent(value: Mean | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value.mean:.2f}" + (f" ± {100 * value.half_width:.2f}" if value.half_width is not None else "")

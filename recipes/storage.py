@@ -1,0 +1,189 @@
+"""Files that are whole or not there, checkpoints that can be trusted, folders that one process at a time writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEPT = 2  # checkpoints: the latest, and the one before in case that one is damaged
+
+
+class FolderError(ValueError):
+    """A folder that cannot be used as asked; the message says why and what would be right."""
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader, or a crash at any moment, sees the old content or the new one, never a part."""
+    content = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_UMASK)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the name too must survive a power cut
+    finally:
+        os.close(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # read once: it cannot be read without setting it, which other threads would see
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types; a number that is not finite, which JSON does not have, becomes None.
+
+    >>> plain({"a": (1, float("nan"))})
+    {'a': [1, None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document."""
+    write_whole(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines."""
+    write_whole(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """One JSON document; FolderError where it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing: {path.parent} is not the folder of an experiment") from None
+    except ValueError as error:
+        raise FolderError(f"{path} is damaged: {error}") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; FolderError where the file is missing or a line is not JSON."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise FolderError(f"{path}, line {number}, is damaged: {error}") from None
+    return rows
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience_s: float = 2.0) -> Iterator[None]:
+    """Holds a folder for this process, which the system gives up with the process, however it ends.
+
+    Args:
+        folder: made if it is not there.
+        patience_s: how long to wait for another process, which may just be ending.
+
+    Raises:
+        FolderError: another process holds it; its number is named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    file.seek(0)
+                    owner = file.read().strip() or "unknown"
+                    raise FolderError(f"{folder} is in use by another process (pid {owner})") from None
+                time.sleep(0.05)
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+class Checkpoints:
+    """The checkpoints of one run: numbered files of which the last two are kept.
+
+    Each is a file of tensors and plain values, which loading cannot make run code, and beside it a small JSON file
+    with its checksum, written afterwards: a checkpoint without it was never finished.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Writes the next checkpoint, then removes the ones that are too old."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        content = buffer.getvalue()
+        numbers = self._numbers()
+        number = numbers[-1] + 1 if numbers else 1
+        write_whole(self.folder / f"{number:06d}.pt", content)
+        digest = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        write_json(self.folder / f"{number:06d}.json", digest)
+        for old in numbers[: len(numbers) + 1 - KEPT]:
+            for suffix in (".json", ".pt"):
+                (self.folder / f"{old:06d}{suffix}").unlink(missing_ok=True)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is good; None where there is none. Damaged ones are told of, and removed."""
+        for number in reversed(self._numbers()):
+            try:
+                return self._read(number)
+            except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+                before = "the one before" if number != self._numbers()[0] else "the beginning of this run"
+                warnings.warn(
+                    f"checkpoint {self.folder / f'{number:06d}.pt'} is damaged ({error}): going back to {before}",
+                    stacklevel=2,
+                )
+                for suffix in (".json", ".pt"):
+                    (self.folder / f"{number:06d}{suffix}").unlink(missing_ok=True)
+        return None
+
+    def _read(self, number: int) -> dict[str, Any]:
+        digest = json.loads((self.folder / f"{number:06d}.json").read_text(encoding="utf-8"))
+        content = (self.folder / f"{number:06d}.pt").read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest["sha256"]:
+            raise ValueError("its checksum is wrong")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
