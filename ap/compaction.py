@@ -193,22 +193,17 @@ def shrink_(cut: Cut) -> dict[nn.Parameter, Kept]:
 
 def _take(module: nn.Module, name: str, rows: Tensor, columns: Tensor | None, kept: dict[nn.Parameter, Kept]) -> None:
     """Leaves these rows and columns of a parameter (its gradient included) or buffer."""
-
-    def part(value: Tensor) -> Tensor:
-        value = value[rows.to(value.device)]
-        return value if columns is None else value[:, columns.to(value.device)]
-
     if name in module._buffers:
         buffer = module._buffers[name]
         assert buffer is not None
-        module._buffers[name] = part(buffer)
+        module._buffers[name] = Kept(buffer.shape, rows, columns).of(buffer)
         return
     parameter = module._parameters[name]
     assert parameter is not None
-    kept[parameter] = Kept(part(torch.arange(parameter.numel()).view(parameter.shape)), parameter.shape)
+    part = kept[parameter] = Kept(parameter.shape, rows, columns)
     gradient, parameter.grad = parameter.grad, None
-    _resize(parameter, part(parameter.data))
-    parameter.grad = None if gradient is None else part(gradient)
+    _resize(parameter, part.of(parameter.data))
+    parameter.grad = None if gradient is None else part.of(gradient)
 
 
 def _resize(parameter: nn.Parameter, value: Tensor) -> None:

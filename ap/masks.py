@@ -304,9 +304,8 @@ class Masks:
         Example:
             >>> layer = nn.Linear(3, 2)
             >>> masks = Masks(layer)
-            >>> positions = torch.tensor([[0, 2], [3, 5]])  # without the middle column
-            >>> layer.weight.data = layer.weight.data[:, [0, 2]]
-            >>> masks.follow({layer.weight: Kept(positions, torch.Size([2, 3]))})
+            >>> layer.weight.data = layer.weight.data[:, [0, 2]]  # without the middle column
+            >>> masks.follow({layer.weight: Kept(torch.Size([2, 3]), torch.arange(2), torch.tensor([0, 2]))})
             2
             >>> masks["weight"].shape, masks.alive, masks.total
             (torch.Size([2, 2]), 4, 6)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 CHUNK = 1 << 20  # elements looked at in one go: what a pass needs in extra memory
 SAMPLE = 1 << 16  # values the bracket is guessed from
+NARROW = 8  # rows of at most that many elements are ranked by comparing every pair
 COLLECT = 1 << 22  # values that may be taken out of the bracket (and sorted) at once
 
 
@@ -199,6 +200,9 @@ def lowest_per_row(scores: Tensor, eligible: Tensor, quotas: Tensor) -> Tensor:
     for start in range(0, scores.shape[0], rows):
         part = slice(start, start + rows)
         quota = quotas[part, None].to(scores.device)
+        if scores.shape[1] <= NARROW:
+            chosen[part] = _by_comparing(scores[part], eligible[part], quota)
+            continue
         values = torch.where(eligible[part], scores[part], torch.inf)
         # Sorted values give each row's limit; NumPy sorts them several times faster than a CPU sort with indices.
         on_cpu = values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
@@ -213,6 +217,22 @@ def lowest_per_row(scores: Tensor, eligible: Tensor, quotas: Tensor) -> Tensor:
             equal[surplus] = tied & (tied.cumsum(1) <= missing[surplus])
         chosen[part] = below | equal
     return chosen
+
+
+def _by_comparing(scores: Tensor, eligible: Tensor, quota: Tensor) -> Tensor:
+    """`lowest_per_row` of narrow rows: each element's rank is the number of those before it, pair by pair."""
+    whole = bool(eligible.all())
+    values = (scores if whole else torch.where(eligible, scores, torch.inf)).T.contiguous()  # [C, R]
+    may = eligible.T
+    ranks = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for i in range(len(values)):
+        for j in range(i + 1, len(values)):
+            later_first = values[j] < values[i]
+            if not whole:  # an ineligible element never stands before an eligible +inf
+                later_first |= may[j] & ~may[i]
+            ranks[i] += later_first
+            ranks[j] += ~later_first
+    return (ranks < quota.T).T & eligible
 
 
 def _chunks(values: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

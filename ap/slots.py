@@ -31,16 +31,19 @@ class Kept(NamedTuple):
     """What is left of a parameter whose layer was made smaller.
 
     Attributes:
-        positions: for each element of the new shape its position in the old one, flat; int64 in the new shape.
         shape: the old shape.
+        rows: which elements of axis 0 are left, int64.
+        columns: which of axis 1; None for all of them.
     """
 
-    positions: Tensor
     shape: torch.Size
+    rows: Tensor
+    columns: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The elements that are left of a tensor of the old shape."""
-        return tensor.reshape(-1)[self.positions.to(tensor.device)]
+        """What is left of a tensor of the old shape."""
+        tensor = tensor.index_select(0, self.rows.to(tensor.device))
+        return tensor if self.columns is None else tensor.index_select(1, self.columns.to(tensor.device))
 
 
 class Slot:
@@ -101,8 +104,9 @@ class Slot:
 
     def follow(self, kept: Kept) -> None:
         """Takes the mask along to the smaller shape that the weight has now."""
-        self.gone += self.mask.numel() - kept.positions.numel()
+        before = self.mask.numel()
         self.mask = kept.of(self.mask)
+        self.gone += before - self.mask.numel()
         self._multipliers.clear()
 
     def multiplier(self, like: Tensor) -> Tensor:
