@@ -195,8 +195,10 @@ class Channels:
         return self._values.get(node.inputs[0]) if node.inputs else None
 
     def _alone(self, module: nn.Module | None) -> bool:
-        """Called once, and its parameters are no other module's."""
+        """Called once, with parameters that are no other module's and not computed from others."""
         if module is None or self._calls[module] != 1 or "parametrizations" in module._modules:
+            return False
+        if any(name.endswith("_orig") for name in module._parameters):  # masked by torch.nn.utils.prune
             return False
         return all(self._owners[id(parameter)] == 1 for parameter in module.parameters())
 
