@@ -322,6 +322,23 @@ class Masks:
                 follower(kept)
         return before - self.alive
 
+    def refresh(self) -> list[str]:
+        """After something else gave layers another shape: their masks start whole again, in the new shape.
+
+        What a layer lost counts as dead weights; `follow` is for whoever knows which elements are left.
+
+        Returns:
+            The names of those weights.
+
+        Example:
+            >>> layer = nn.Linear(3, 2)
+            >>> masks = Masks(layer)
+            >>> layer.weight = nn.Parameter(torch.ones(2, 2))
+            >>> masks.refresh(), masks.alive, masks.total
+            (['weight'], 4, 6)
+        """
+        return [name for name, slot in self._slots.items() if slot.refresh()]
+
     def state_dict(self) -> dict[str, Any]:
         """The masks as packed bits: safe to save with `torch.save` and to load with `weights_only=True`."""
         bits = {}
@@ -341,6 +358,7 @@ class Masks:
         Raises:
             ValueError: another schema, names or shapes than this model's; nothing is changed then.
         """
+        self.refresh()
         try:
             masks, gone = self._unpack(state)
         except ValueError:

@@ -96,7 +96,7 @@ class Slot:
         if parameter.shape != self.mask.shape:
             raise ValueError(
                 f"{self.name} has shape {list(parameter.shape)} now, its mask {list(self.mask.shape)}: "
-                "make new masks after changing a layer's shape"
+                "call masks.refresh() after changing a layer's shape"
             )
         if self.mask.device != parameter.device:
             self.mask = self.mask.to(parameter.device)
@@ -108,6 +108,16 @@ class Slot:
         self.mask = kept.of(self.mask)
         self.gone += before - self.mask.numel()
         self._multipliers.clear()
+
+    def refresh(self) -> bool:
+        """Starts a whole mask where the weight has another shape now; returns whether it does."""
+        parameter = self.parameter()
+        if parameter.shape == self.mask.shape:
+            return False
+        self.gone = max(0, self.total - parameter.numel())
+        self.mask = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+        self._multipliers.clear()
+        return True
 
     def multiplier(self, like: Tensor) -> Tensor:
         """The mask in dtype and strides of `like`; updated in place, so that a captured graph sees later prunings."""

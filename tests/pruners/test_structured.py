@@ -12,6 +12,8 @@ from torch import nn
 from torchvision import models as tv
 
 import pruners
+from ap.compaction import fit_
+from ap.cycles import Cycles
 from ap.masks import Masks
 from ap.plugin import AP
 from recipes import models
@@ -255,6 +257,40 @@ def test_global_ranking_ignored_layers_and_rounds():
         pruners.create("structured-random", example_input=example, ignored="conv7").prune(model, masks, amount=0.1)
     with pytest.raises(ValueError, match="'local' or 'global'"):
         pruners.create("structured-random", ranking="both")
+
+
+def test_a_loop_of_structured_pruning_resumes():
+    """Saved after the first pruning, the second run starts from the full architecture and ends as the first."""
+    batches = data((3, 8, 8))
+
+    def build():
+        torch.manual_seed(0)
+        model = models.create("cnn", image_size=8)
+        pruner = pruners.create("structured-magnitude")
+        return Cycles(model, pruner, cycles=3, amount=0.3, rate=0.05, rewind="none", batches=batches)
+
+    def train(model, masks, run):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batches[0][0]), batches[0][1])
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    saved = []
+
+    def save(loop):
+        if loop.cycle == 2 and not saved:
+            saved.append(copy.deepcopy((loop.model.state_dict(), loop.state_dict())))
+
+    whole = build()
+    expected = whole.run(train, on_phase=save)
+    again = build()
+    fit_(again.model, saved[0][0])
+    again.load_state_dict(saved[0][1])
+    assert again.run(train) == expected
+    assert again.masks.total == whole.masks.total
+    assert sum(p.numel() for p in again.model.parameters()) == sum(p.numel() for p in whole.model.parameters())
 
 
 def test_masks_of_a_smaller_model_save_and_load():
