@@ -233,12 +233,16 @@ def _check(model: nn.Module, small: nn.Module, example_input: Any) -> None:
             for module, mode in modes:
                 module.training = mode
     for before, after in zip(*outputs, strict=True):
-        if not before.is_floating_point():
+        if not before.is_floating_point() or not before.numel():
             continue
-        scale = float(before.abs().max()) if before.numel() else 0.0
-        error_ = float((before - after).abs().max()) if before.numel() else 0.0
-        limit = 1e3 * torch.finfo(before.dtype).eps * max(1.0, scale)
-        if not error_ <= limit:
+        finite = before.isfinite() & after.isfinite()
+        same = bool((before.isfinite() == after.isfinite()).all())
+        scale = float(before[finite].abs().max()) if bool(finite.any()) else 0.0
+        error_ = float((before - after)[finite].abs().max()) if bool(finite.any()) else 0.0
+        # On CUDA convolutions may round to ten bits (TF32), each shape in its own way.
+        step = 2e-5 if before.is_cuda and before.dtype == torch.float32 else torch.finfo(before.dtype).eps
+        limit = 1e3 * step * max(1.0, scale)
+        if not same or error_ > limit:
             raise RuntimeError(
                 f"compacting changed the outputs of {type(model).__name__} by up to {error_:.3g} (allowed: {limit:.3g})"
             )
