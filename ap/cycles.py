@@ -221,16 +221,37 @@ class Cycles:
         """Goes on where `state_dict()` was taken; `run()` then continues with the training that was under way.
 
         The model's weights must have been loaded before.
+
+        Raises:
+            ValueError: the state is damaged, or of another model; nothing is changed then.
         """
-        if state.get("schema") != _SCHEMA:
-            raise ValueError(f"not a state of schema {_SCHEMA}")
-        self.masks.load_state_dict(state["masks"])
+        try:
+            if state["schema"] != _SCHEMA:
+                raise ValueError(f"not a state of schema {_SCHEMA}")
+            self.plugin.unpack(state["plugin"])
+            snapshot = None if state["snapshot"] is None else Snapshot.from_state_dict(state["snapshot"])
+            if snapshot is not None:
+                snapshot.check(self.model)
+            elif self.rewind.kind == "init":
+                raise ValueError("damaged state of the loop: no snapshot to rewind to")
+            numbers = {key: state[key] for key in ("cycle", "trainings", "alive_at_start")}
+            for key, number in numbers.items():
+                if type(number) is not int or number < 0:
+                    raise ValueError(f"damaged state of the loop: {key} is {number!r}")
+            phase, done = state["phase"], state["done"]
+            if phase not in ("train", "retrain") or not isinstance(done, bool) or numbers["cycle"] > self.cycles:
+                raise ValueError(f"damaged state of the loop: cycle {numbers['cycle']}, phase {phase!r}, done {done!r}")
+            removed, history = dict(state["removed"]), [dict(row) for row in state["history"]]
+            if not {"pruned", "activated"} <= set(removed):
+                raise ValueError("damaged state of the loop: how many weights went last is missing")
+            self.masks.load_state_dict(state["masks"])  # changes nothing if it raises; nothing after it does
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"damaged state of the loop: {type(error).__name__} {error}") from error
         self.plugin.load_state_dict(state["plugin"])
-        self._snapshot = None if state["snapshot"] is None else Snapshot.from_state_dict(state["snapshot"])
-        self.cycle, self.phase, self.done = state["cycle"], state["phase"], state["done"]
-        self._trainings, self._alive_at_start = state["trainings"], state["alive_at_start"]
-        self._removed = dict(state["removed"])
-        self.history = [dict(row) for row in state["history"]]
+        self._snapshot = snapshot
+        self.cycle, self.phase, self.done = numbers["cycle"], phase, done
+        self._trainings, self._alive_at_start = numbers["trainings"], numbers["alive_at_start"]
+        self._removed, self.history = removed, history
         self._resumed = not self.done
 
     def _reached(self, step: int) -> None:

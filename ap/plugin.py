@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -232,14 +233,37 @@ class AP:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict()` was taken; dead weights stay dead from now on."""
+        start, last_zero, decay = self.unpack(state)
         self.mark_start()
-        for name in state["start"]:
-            if name not in self.masks or state["start"][name].shape != self._start[name].shape:
-                raise ValueError(f"{name}: the saved start is of another model")
-            self._start[name] = state["start"][name].to(self._start[name].device)
-        self._last_zero = {name: zero.to(self._start[name].device) for name, zero in state["last_zero"].items()}
-        for name, (factor, momentum) in state["decay"].items():
+        self._start |= {name: tensor.to(self._start[name].device) for name, tensor in start.items()}
+        self._last_zero = {name: zero.to(self._start[name].device) for name, zero in last_zero.items()}
+        for name, (factor, momentum) in decay.items():
             self._decay.set_factor(self.masks.weight(name), factor, momentum)
+
+    def unpack(self, state: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, tuple[float, float | None]]]:
+        """The parts of a saved state; ValueError where it is damaged or another model's."""
+        try:
+            start, last_zero = dict(state["start"]), dict(state["last_zero"])
+            decay = {name: (float(factor), momentum) for name, (factor, momentum) in state["decay"].items()}
+            shapes = {name: self.masks.weight(name).shape for name in self.masks}
+            for name in [*start, *last_zero, *decay]:
+                if name not in shapes:
+                    raise ValueError(f"{name}: the saved start is of another model")
+            for name, tensor in [*start.items(), *last_zero.items()]:
+                if not isinstance(tensor, Tensor) or tensor.shape != shapes[name] or tensor.is_meta:
+                    raise ValueError(f"{name}: the saved start is of another model")
+            for name, zero in last_zero.items():
+                if zero.dtype != torch.bool:
+                    raise ValueError(f"{name}: damaged AP state, zeros of type {zero.dtype}")
+            for name, tensor in start.items():
+                if tensor.dtype != self.masks.weight(name).dtype:
+                    raise ValueError(f"{name}: damaged AP state, a start of type {tensor.dtype}")
+            for name, (factor, momentum) in decay.items():
+                if not math.isfinite(factor) or not (momentum is None or math.isfinite(momentum)):
+                    raise ValueError(f"{name}: damaged AP state, a decay of {factor} and {momentum}")
+        except (LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"damaged AP state: {type(error).__name__} {error}") from error
+        return start, last_zero, decay
 
     def warn_if_nothing_can_die(self) -> None:
         """Warns, once, when every activation module of the model is of a kind that cannot die."""

@@ -82,12 +82,16 @@ class Snapshot:
         Raises:
             ValueError: the model has other tensors than the one the snapshot was taken of.
         """
+        self.check(model)
+        for name, tensor in _tensors(model).items():
+            tensor.copy_(self.tensors[name])
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError where the model has other tensors than the one the snapshot was taken of."""
         now = _tensors(model)
         odd = sorted(set(now) ^ set(self.tensors)) or [n for n, t in now.items() if t.shape != self.tensors[n].shape]
         if odd:
             raise ValueError(f"the snapshot is of another model: {', '.join(odd[:5])}")
-        for name, tensor in now.items():
-            tensor.copy_(self.tensors[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name."""
