@@ -124,7 +124,7 @@ class Structured(Pruner):
         return gone
 
     def choose(self, groups: list[Group], amount: float) -> list[tuple[Group, list[int]]]:
-        """Which channels go: exactly round(amount × channels), unless a group's last would be among them."""
+        """Which channels go: exactly round(amount × channels), or all but one of each group where that is fewer."""
         if not groups:
             raise ValueError(f"{self.name}: no channel of this model can be removed")
         scores = {group.name: group.importance.double().cpu() for group in groups}
@@ -138,10 +138,9 @@ class Structured(Pruner):
         if self.ranking == "global":
             chosen = lowest(scores, eligible, count)
         else:
-            shares = apportion(count, sizes if count < sum(sizes) else room)
             chosen = {
-                name: lowest({name: scores[name]}, {name: eligible[name]}, min(int(share), most))[name]
-                for name, share, most in zip(scores, shares, room, strict=True)
+                name: lowest({name: scores[name]}, {name: eligible[name]}, int(share))[name]
+                for name, share in zip(scores, apportion(count, room), strict=True)
             }
         return [(group, chosen[group.name].nonzero()[:, 0].tolist()) for group in groups]
 

@@ -2,12 +2,15 @@
 
 import builtins
 import copy
+import itertools
 import warnings
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torchvision import models as tv
 
@@ -202,6 +205,25 @@ def test_ap_goes_on_with_what_remains():
         assert (before[name][gone] < 0).all()
         assert (moved[name][gone] <= limit).all()
     plugin.detach()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    amount=st.floats(0.01, 0.99),
+    ranking=st.sampled_from(["local", "global"]),
+)
+def test_the_number_of_channels_is_exact(widths, amount, ranking):
+    torch.manual_seed(0)
+    layers = []
+    for before, after in itertools.pairwise([3, *widths]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(widths[-1], 2))
+    pruner = pruners.create("structured-magnitude", example_input=torch.zeros(1, 3), ranking=ranking)
+    pruner.prune(model, Masks(model), amount)
+    left = [layer.out_features for layer in model if isinstance(layer, nn.Linear)][:-1]
+    assert sum(left) == sum(widths) - min(round(amount * sum(widths)), sum(widths) - len(widths))
+    assert min(left) >= 1
 
 
 def test_apoz_removes_the_most_dead_and_demp_only_the_dead():
