@@ -25,6 +25,7 @@ from ap.masks import Masks, check_share
 from ap.ranking import apportion, lowest
 from ap.slots import Kept
 from pruners.base import Batches, LossFn, Pruner, repeatable, undisturbed
+from pruners.schedules import exponential, removed_by
 
 
 @dataclass
@@ -111,20 +112,24 @@ class Structured(Pruner):
                 self.require_data(batches, loss_fn)
         if batches is not None:
             batches = repeatable(batches)
-        each = 1 - (1 - amount) ** (1 / self.rounds)
-        gone = 0
-        for _ in range(self.rounds):
+        gone, first = 0, 0
+        for done in range(1, self.rounds + 1):
             groups, graph = self.groups(model, batches, loss_fn)
+            now = sum(group.importance.numel() for group in groups)
+            first = first or now
+            left = first - removed_by(exponential, done / self.rounds, first, round(amount * first))
             ties = {group.name: graph.of(group.name) for group in groups}
-            tied = {ties[group.name][channel] for group, channels in self.choose(groups, each) for channel in channels}
+            tied = {
+                ties[group.name][channel] for group, channels in self.choose(groups, now - left) for channel in channels
+            }
             kept: dict[nn.Parameter, Kept] = {}
             for cut in graph.cuts(tied, fold=False):
                 kept |= shrink_(cut)
             gone += masks.follow(kept)
         return gone
 
-    def choose(self, groups: list[Group], amount: float) -> list[tuple[Group, list[int]]]:
-        """Which channels go: exactly round(amount × channels), or all but one of each group where that is fewer."""
+    def choose(self, groups: list[Group], wanted: int) -> list[tuple[Group, list[int]]]:
+        """Which channels go: exactly as many as wanted, or all but one of each group where that is fewer."""
         if not groups:
             raise ValueError(f"{self.name}: no channel of this model can be removed")
         scores = {group.name: group.importance.double().cpu() for group in groups}
@@ -132,9 +137,8 @@ class Structured(Pruner):
         for name, score in scores.items():
             eligible[name] = torch.ones_like(score, dtype=torch.bool)
             eligible[name][score.argmax()] = False
-        sizes = [score.numel() for score in scores.values()]
-        room = [size - 1 for size in sizes]
-        count = min(self.count(groups, round(amount * sum(sizes))), sum(room))
+        room = [score.numel() - 1 for score in scores.values()]
+        count = max(0, min(self.count(groups, wanted), sum(room)))
         if self.ranking == "global":
             chosen = lowest(scores, eligible, count)
         else:

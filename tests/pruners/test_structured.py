@@ -273,8 +273,7 @@ def test_global_ranking_ignored_layers_and_rounds():
     pruner.prune(model, masks, amount=0.5)
     after = channels(model)
     assert after["conv1"] == 16
-    left = 96 - round(96 * (1 - 0.5**0.5))
-    assert after["conv2"] + after["fc1"] == left - round(left * (1 - 0.5**0.5))
+    assert after["conv2"] + after["fc1"] == 48
     with pytest.raises(ValueError, match="no layer conv7"):
         pruners.create("structured-random", example_input=example, ignored="conv7").prune(model, masks, amount=0.1)
     with pytest.raises(ValueError, match="'local' or 'global'"):
