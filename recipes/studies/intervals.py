@@ -27,7 +27,8 @@ class Interval:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Interval:
         """What `to_dict` wrote."""
-        return cls(*(math.nan if data[k] is None else data[k] for k in ("mean", "low", "high")), data["n"])
+        mean, low, high = (math.nan if data[k] is None else float(data[k]) for k in ("mean", "low", "high"))
+        return cls(mean, low, high, int(data["n"]))
 
     def text(self, digits: int = 2) -> str:
         """`89.31 [88.90, 89.72]`, or the mean alone where there is no interval."""

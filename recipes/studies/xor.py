@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -97,7 +98,7 @@ class Xor(Study):
         def one(model: str, zero_one: bool = False) -> list[int]:
             return success(model, self.rates, self.trials, self.epochs, self.seed, zero_one).sum(1).tolist()
 
-        models = {model: journal.cell(model, lambda model=model: one(model)) for model in MODELS}
+        models = {model: journal.cell(model, functools.partial(one, model)) for model in MODELS}
         models["PReLU, inputs 0 and 1"] = journal.cell("zero-one", lambda: one("PReLU", zero_one=True))
         return {"rates": list(self.rates), "trials": self.trials, "successes": models}
 
@@ -120,18 +121,11 @@ class Xor(Study):
 
         one, bias, mlp = over("PReLU"), over("PReLU with bias"), over("MLP 2-2-1, tanh")
         span = f"rates {data['rates'][usual[0]]:g} to {data['rates'][usual[-1]]:g}" if usual else "no usual rate"
+        text = one.text(1)
         return [
-            check(
-                "one PReLU neuron without bias solves XOR in more than 95 % of trainings",
-                one.low > 95,
-                f"{one.text(1)} %, {span}",
-            ),
-            check(
-                "with a bias it succeeds less often", bias.high < one.low, f"{bias.text(1)} % against {one.text(1)} %"
-            ),
-            check(
-                "the 2-2-1 network succeeds less often", mlp.high < one.low, f"{mlp.text(1)} % against {one.text(1)} %"
-            ),
+            check("one PReLU neuron solves XOR in more than 95 % of trainings", one.low > 95, f"{text} %, {span}"),
+            check("with a bias it succeeds less often", bias.high < one.low, f"{bias.text(1)} against {text} %"),
+            check("the 2-2-1 network succeeds less often", mlp.high < one.low, f"{mlp.text(1)} against {text} %"),
         ]
 
     @classmethod
