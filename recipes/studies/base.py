@@ -102,11 +102,11 @@ class Journal:
             self.done[entry["key"]] = entry["value"]
             self.seconds_before += entry["seconds"]
 
-    def cell(self, key: str, measure: Callable[[], Any]) -> Any:
-        """What `measure()` returns, or what it returned before the study was interrupted."""
+    def cell(self, key: str, measure: Callable[..., Any], *args: Any) -> Any:
+        """What `measure(*args)` returns, or what it returned before the study was interrupted."""
         if key not in self.done:
             started = time.perf_counter()
-            value = json.loads(json.dumps(measure()))  # what a resumed study would see, at once
+            value = json.loads(json.dumps(measure(*args)))  # what a resumed study would see, at once
             entry = {"key": key, "value": value, "seconds": round(time.perf_counter() - started, 3)}
             self.done[key] = value
             if self.path is not None:

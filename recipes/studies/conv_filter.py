@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,24 +132,17 @@ class ConvFilter(Study):
             return descend(z, teacher, starts, rate, limit=self.limit, batch=batch, seed=self.seed)
 
         data: Data = {"closeness": [], "spread": [], "rates": []}
-        for name in INPUTS:
-            for closeness in (0.0, 0.5, 0.8, 0.95, 1.0):
-                for batch in (None, 32):
-                    steps = journal.cell(
-                        f"{name} {closeness} {batch}",
-                        lambda name=name, c=closeness, b=batch: run(patches(name, c), lambda _: 0.5, b),
-                    )
-                    data["closeness"].append({"inputs": name, "closeness": closeness, "batch": batch, "steps": steps})
+        for name, closeness, batch in itertools.product(INPUTS, (0.0, 0.5, 0.8, 0.95, 1.0), (None, 32)):
+            steps = journal.cell(f"{name} {closeness} {batch}", run, patches(name, closeness), lambda step: 0.5, batch)
+            data["closeness"].append({"inputs": name, "closeness": closeness, "batch": batch, "steps": steps})
         for spread in (0.2, 0.5, 1.0, 2.0):
             own = torch.Generator().manual_seed(self.seed + 2)
             z = spread_directions(spread, teacher, self.inputs, own)
-            steps = journal.cell(f"spread {spread}", lambda z=z: run(z, lambda _: 1.0))
+            steps = journal.cell(f"spread {spread}", run, z, lambda step: 1.0)
             data["spread"].append({"spread": spread, "steps": steps})
         z = patches("Gaussian", 0.8)
         for first, second in ((0.25, 0.25), (0.5, 0.5), (1.0, 1.0), (2.0, 2.0), (4.0, 4.0), (8.0, 8.0), (0.25, 2.0)):
-            steps = journal.cell(
-                f"rates {first} {second}", lambda a=first, b=second: run(z, lambda step: a if step < 5 else b)
-            )
+            steps = journal.cell(f"rates {first} {second}", run, z, functools.partial(_two_stage, first, second))
             data["rates"].append({"first": first, "second": second, "steps": steps})
         return data
 
@@ -240,6 +235,10 @@ class ConvFilter(Study):
         right.set(xlabel="angular spread of the inputs (k = 1)")
 
 
+def _two_stage(first: float, second: float, step: int) -> float:
+    return first if step < 5 else second
+
+
 def _find(data: Data, name: str, batch: int | None, closeness: float) -> list[int | None]:
     for row in data["closeness"]:
         if (row["inputs"], row["batch"], row["closeness"]) == (name, batch, closeness):
@@ -264,5 +263,5 @@ def _text(steps: Sequence[int | None]) -> str:
 
 def _falling(values: Sequence[float], slack: float = 1.0) -> bool:
     """Whether each value is finite and at most `slack` times the one before, and the last below the first."""
-    steps = zip(values, values[1:], strict=False)
+    steps = itertools.pairwise(values)
     return all(math.isfinite(v) for v in values) and all(b <= slack * a for a, b in steps) and values[-1] < values[0]

@@ -1,0 +1,41 @@
+"""The data that studies train on, as normalised tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from recipes import data
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training, validation and test images [N, C, H, W], normalised, with their labels [N]."""
+
+    train: tuple[Tensor, Tensor]
+    val: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    num_classes: int
+    in_channels: int
+    image_size: int
+
+
+def load(name: str, train: int | None = None, test: int | None = None) -> Images:
+    """The data set `name`, at most `train` training images and `test` validation and test images each.
+
+    The files are looked for as `recipes.data.load` does; the digits need none.
+    """
+    whole = data.load(name)
+
+    def part(images: data.sets.ImageSet, limit: int | None) -> tuple[Tensor, Tensor]:
+        return whole.normalise(images.images[:limit]), images.labels[:limit].clone()
+
+    return Images(
+        part(whole.train, train),
+        part(whole.val, test),
+        part(whole.test, test),
+        whole.num_classes,
+        whole.in_channels,
+        whole.image_size,
+    )
