@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -30,6 +31,7 @@ COMMANDS = {
     "resume": "resume DIR: goes on with a stopped experiment; one that is finished is only reported",
     "compare": "compare DIR...: tables, paired differences, plots",
     "dnr": "dnr MODEL [options]: the dead-neuron rates of a model on data",
+    "export": "export DIR/RUN [options]: a run's last network, compacted, as safetensors and ONNX, with a model card",
     "study": "study NAME [options]: what an activation's paper claims, rebuilt and checked",
 }
 
@@ -90,12 +92,20 @@ def _wrap(names: list[str], width: int = 96) -> str:
 
 
 @dataclass(frozen=True)
+class _Unchecked(Experiment):
+    """The same options, checked only once they are all read: a bad value is then one line of ours."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class Run:
     """Every arm × seed of an experiment."""
 
     out: Path
     """The experiment's folder."""
-    experiment: tyro.conf.OmitArgPrefixes[Experiment]
+    experiment: tyro.conf.OmitArgPrefixes[_Unchecked]
     dry_run: bool = False
     """Only say what it would cost, from a short measurement."""
     workers: int | None = None
@@ -112,9 +122,9 @@ def _run(arguments: list[str]) -> int:
     else:
         name, rest = arguments[0], arguments[1:]
     base = presets.get(name).experiment
-    default = Run(out=Path("runs") / name, experiment=base)
+    default = Run(out=Path("runs") / name, experiment=_Unchecked(**dataclasses.asdict(base)))
     options = tyro.cli(Run, args=rest, default=default, prog=f"python -m recipes run {name}")
-    config = options.experiment
+    config = Experiment(**dataclasses.asdict(options.experiment))
     experiment.check(config)
     if options.dry_run:
         _cost(config)
@@ -289,6 +299,27 @@ def _dnr(arguments: list[str]) -> None:
         write_json(options.json, {"schema": 1, "model": options.model, "data": options.data, **found.to_dict()})
     if options.plot:
         plots.bars(found, options.plot, f"{options.model} on {options.data}")
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+def _export(arguments: list[str]) -> None:
+    from recipes.export import ExportConfig, export
+
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise ValueError("export needs the folder of a run first, such as runs/quickstart/lite-seed0")
+    named = not arguments[0].startswith("-")
+    folder = Path(arguments[0]) if named else Path("RUN")
+    default = ExportConfig(out=folder / "export")
+    options = tyro.cli(ExportConfig, args=arguments[1:] if named else arguments, default=default)
+    config, data, model, row = experiment.last_network(folder)
+    example = next(Engine(config, data, 0).test_set.batches(size=1))[0].cpu()
+    made = {"experiment": config.to_dict(), "last row of its metrics": row}
+    exported = export(model.cpu(), example, options, made)
+    print(exported.comparison)
+    for kind, path in exported.files.items():
+        print(f"{kind}: {path}")
 
 
 # --- study ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import pruners
 from ap import DNRMonitor, Masks, measure_dnr
+from ap.compaction import fit_
 from ap.cycles import Cycles, Run
 from ap.tensorboard import layout, write_pictures
 from recipes import data as data_sets
@@ -29,7 +31,7 @@ from recipes import models
 from recipes.config import SCHEMA, Arm, Experiment, differences
 from recipes.effective import effective
 from recipes.engine import Diverged, Engine, Stopped, device_of
-from recipes.storage import Checkpoints, FolderError, locked, read_json, read_rows, write_json, write_rows
+from recipes.storage import Checkpoints, FolderError, locked, read_json, read_rows, sha256, write_json, write_rows
 
 SAVE_EVERY_S = 20.0  # a checkpoint in the middle of a training, at the end of an epoch, at most this often
 Say = Callable[[dict[str, Any]], None]
@@ -80,18 +82,67 @@ def load(out: Path) -> Experiment:
     saved = read_json(out / "experiment.json")
     if saved.get("schema") != SCHEMA:
         raise FolderError(f"{out}: written by another version (schema {saved.get('schema')}, not {SCHEMA})")
-    return Experiment.from_dict(saved["experiment"])
+    try:
+        return Experiment.from_dict(dict(saved["experiment"]))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise FolderError(f"{out / 'experiment.json'} is damaged: {type(error).__name__} {error}") from None
 
 
 def rows(out: Path, config: Experiment) -> dict[Job, list[dict[str, Any]]]:
     """The rows of every run that has any."""
-    found = {job: out / job.name / "metrics.jsonl" for job in jobs(config)}
-    return {job: read_rows(path) for job, path in found.items() if path.exists()}
+    found = {}
+    for job in jobs(config):
+        path = out / job.name / "metrics.jsonl"
+        if path.exists():
+            if is_finished(out, job) and not is_done(out, job):
+                raise FolderError(f"{path} is damaged; restore it with: python -m recipes resume {out}")
+            found[job] = read_rows(path)
+            check_rows(path, found[job])
+    return found
+
+
+def check_rows(path: Path, found: list[dict[str, Any]]) -> None:
+    """FolderError where rows are not what a run writes: they may come from strangers."""
+    for number, row in enumerate(found):
+        where = f"{path}, line {number + 1}, is damaged"
+        for key in ("cycle", "alive"):
+            if type(row.get(key)) is not int:
+                raise FolderError(f"{where}: {key} is {row.get(key)!r}")
+        if row["cycle"] != number:
+            raise FolderError(f"{where}: cycle {row['cycle']} follows {number - 1}")
+        layers = row.get("dnr_layers", {})
+        rates = list(layers.values()) if isinstance(layers, dict) else [None]
+        if not all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in rates):
+            raise FolderError(f"{where}: dnr_layers are not two rates a layer")
+        if list(layers) != list(found[0].get("dnr_layers", {})):
+            raise FolderError(f"{where}: dnr_layers are of other layers than in the line before")
+        for key, value in row.items():
+            if key != "dnr_layers" and value is not None and not _is_number(value):
+                raise FolderError(f"{where}: {key} is {value!r}, not a number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finished(out: Path, job: Job) -> bool:
+    """Whether a run has come to its end."""
+    return (out / job.name / "done.json").exists()
 
 
 def is_done(out: Path, job: Job) -> bool:
-    """Whether a run has come to its end."""
-    return (out / job.name / "done.json").exists()
+    """Whether a run has come to its end and its metrics are those that it wrote; a warning where they are not."""
+    metrics = out / job.name / "metrics.jsonl"
+    if not is_finished(out, job):
+        return False
+    try:
+        digest = read_json(out / job.name / "done.json").get("sha256")
+        if digest is None or digest == sha256(metrics):
+            return True
+    except (FolderError, FileNotFoundError):
+        pass
+    warnings.warn(f"{metrics} is damaged: it is restored from the last checkpoint", stacklevel=2)
+    return False
 
 
 def execute(config: Experiment, out: Path, say: Say, workers: int | None = None) -> None:
@@ -147,7 +198,7 @@ def check(config: Experiment) -> None:
     """What only the whole configuration tells: combinations of pruner, arms and rewinding, and the device."""
     device_of(config.device)
     for arm in config.arms:
-        pruners.check_combination(config.pruner, arm.variant, config.rewind)
+        pruners.check_combination(config.pruner, str(arm), config.rewind, config.cycles)
 
 
 def load_data(config: Experiment) -> Any:
@@ -169,6 +220,20 @@ def build(config: Experiment, data: Any, seed: int) -> nn.Module:
         activation=config.activation,
         weights=config.weights,
     )
+
+
+def last_network(folder: Path) -> tuple[Experiment, Any, nn.Module, dict[str, Any]]:
+    """The last trained network of a run that is done: its configuration, data, the model, and its row."""
+    saved = read_json(folder / "config.json")
+    if not (folder / "done.json").exists():
+        raise FolderError(f"{folder} is not done yet: python -m recipes resume {folder.parent}")
+    config = Experiment.from_dict(saved["experiment"])
+    state = Checkpoints(folder / "checkpoints").latest()
+    if state is None:
+        raise FolderError(f"{folder} has no checkpoint that can be read")
+    data = load_data(config)
+    model = fit_(build(config, data, int(saved["seed"])), state["model"])
+    return config, data, model, read_rows(folder / "metrics.jsonl")[-1]
 
 
 @contextmanager
@@ -195,17 +260,20 @@ def _start(stop: Event, queue: Any, threads: int, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent is told, and tells us
     torch.set_num_threads(threads)
-    _worker.update(stop=stop, queue=queue, parent=parent)
+    _worker.update(stop=stop, queue=queue)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    """Where the parent was killed, a worker must neither linger nor write behind the back of whoever resumes."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def _work(config: Experiment, out: Path, job: Job) -> str:
-    def stopped() -> bool:
-        if os.getppid() != _worker["parent"]:
-            os._exit(1)  # the parent was killed: do not go on writing behind the back of whoever resumes
-        return bool(_worker["stop"].is_set())
-
     try:
-        run(config, out / job.name, job, _worker["queue"].put, stopped)
+        run(config, out / job.name, job, _worker["queue"].put, _worker["stop"].is_set)
     except Stopped:
         return "stopped"
     except (Diverged, FloatingPointError, ValueError, OSError) as error:
@@ -252,7 +320,7 @@ class _Run:
         """Runs all that is left."""
         state = self.checkpoints.latest()
         if state is not None:
-            self.model.load_state_dict(state["model"])
+            fit_(self.model, state["model"])  # which structured pruning may have made smaller
             self.loop.load_state_dict(state["loop"])
             self.unfinished = state["training"]
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
@@ -362,7 +430,8 @@ class _Run:
         settings = {k: v for k, v in self.config.to_dict().items() if isinstance(v, (int, float, str, bool))}
         settings |= {"arm": str(self.job.arm), "seed": self.job.seed}
         self.writer.add_hparams(settings, {"trained/last_accuracy": last["accuracy"]}, run_name="hparams")
-        write_json(self.folder / "done.json", {"schema": SCHEMA, "rows": len(self.loop.history)})
+        done = {"schema": SCHEMA, "rows": len(self.loop.history), "sha256": sha256(self.folder / "metrics.jsonl")}
+        write_json(self.folder / "done.json", done)
 
 
 @contextmanager

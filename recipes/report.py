@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from recipes import experiment, plots
@@ -135,9 +136,10 @@ class Report:
             texts.append("no difference in accuracy shown at any density")
         if equal:
             texts.append(f"equivalent within ±{100 * MARGIN:g} points at {len(equal)} of {len(cells)}")
-        detectable = max(d.detectable for d in differences if d.detectable is not None)
+        seen = [100 * d.detectable for d in differences if d.detectable is not None]
         texts.append(
-            f"with {differences[0].n} seeds a difference of {100 * detectable:.2f} points could have been missed"
+            f"with {differences[0].n} seeds a difference below {median(seen):.2f} points (the median over densities; "
+            f"{max(seen):.2f} at worst) can be missed"
         )
         dnr = [c["dnr_total_difference"] for c in cells if c["dnr_total_difference"] is not None]
         if dnr:

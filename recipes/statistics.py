@@ -89,7 +89,7 @@ def detectable(n: int) -> float:
     (3.3, 1.0)
     """
     critical = float(stats.t.ppf(1 - LEVEL / 2, n - 1))
-    # The noncentral t as a normal divided by a chi: quadrature over the quantiles of the spread, which is stable far out.
+    # The noncentral t is a normal divided by a chi: quadrature over the chi's quantiles is stable far out.
     quantiles = (np.arange(4000) + 0.5) / 4000
     spread = np.sqrt(stats.chi2.ppf(quantiles, n - 1) / (n - 1))
 
