@@ -19,6 +19,8 @@ from recipes import data as data_sets
 from recipes import models
 
 SCHEMA = 1
+# Far above what anybody runs: beyond, a slip of the keyboard would take all memory before anything is said.
+_MOST = {"seeds": 10_000, "cycles": 10_000, "first_seed": 2**62, "image_size": 4096, "threads": 1024}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Span:
     unit: Literal["it", "ep"]
 
     @classmethod
-    def parse(cls, text: str, what: str) -> Span:
+    def parse(cls, text: str, what: str = "a span") -> Span:
         """From "500it", "25ep" or "0.5ep"; ValueError, beginning with `what`, for other texts."""
         match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)(it|ep)", text)
         if match is None or (match[2] == "it" and "." in match[1]):
@@ -202,6 +204,12 @@ class Experiment:
         for name in ("threads", "finetune_epochs"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ValueError(f"--{_option(name)} must be {most:,} or less, not {value:,}")
+        if self.image_size is not None:
+            _at_least("image_size", self.image_size, 1)
         if not 0 < self.amount < 1:
             raise ValueError(f"--amount must be in (0, 1), not {self.amount}")
         if any(arm.variant in ("lite", "pro") for arm in self.arms):
@@ -236,6 +244,8 @@ class Experiment:
     def _check_names(self) -> None:
         if self.pruner not in pruners.names():
             raise unknown("pruner", self.pruner, pruners.names())
+        for arm in self.arms:
+            pruners.check_combination(self.pruner, arm.variant, self.rewind, self.cycles)
         if ":" not in self.model and self.model not in models.names():
             raise unknown("model", self.model, [*models.names(), "package.module:factory"])
         if not self.data_is_folder and self.data not in data_sets.names():

@@ -162,9 +162,9 @@ class Schedule:
         return cls(
             lr=config.training_lr(cycle),
             total=config.training_epochs(cycle) * steps_per_epoch,
-            warmup=Span.parse(config.warmup, "warmup").steps(steps_per_epoch),
+            warmup=Span.parse(config.warmup).steps(steps_per_epoch),
             kind=config.schedule,
-            milestones=tuple(Span.parse(text, "milestones").steps(steps_per_epoch) for text in config.milestones),
+            milestones=tuple(Span.parse(text).steps(steps_per_epoch) for text in config.milestones),
             gamma=config.gamma,
         )
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from recipes.tensors import load_tensors
+
 KEPT = 2  # checkpoints: the latest, and the one before in case that one is damaged
 
 
@@ -82,10 +84,31 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
 
 
-def read_json(path: Path) -> Any:
-    """One JSON document; FolderError where it is missing or not JSON."""
+def parse(text: str) -> dict[str, Any]:
+    """One JSON object; ValueError for anything else, numbers that are not finite included."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number")
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object; FolderError where it is missing or not that."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FolderError(f"{path} is missing: {path.parent} is not the folder of an experiment") from None
     except ValueError as error:
@@ -99,9 +122,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise FolderError(f"{path} is missing") from None
+    except ValueError as error:
+        raise FolderError(f"{path} is damaged: {error}") from None
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(parse(line))
         except ValueError as error:
             raise FolderError(f"{path}, line {number}, is damaged: {error}") from None
     return rows
@@ -171,7 +196,7 @@ class Checkpoints:
         for number in reversed(self._numbers()):
             try:
                 return self._read(number)
-            except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+            except (OSError, ValueError) as error:
                 before = "the one before" if number != self._numbers()[0] else "the beginning of this run"
                 warnings.warn(
                     f"checkpoint {self.folder / f'{number:06d}.pt'} is damaged ({error}): going back to {before}",
@@ -182,8 +207,11 @@ class Checkpoints:
         return None
 
     def _read(self, number: int) -> dict[str, Any]:
-        digest = json.loads((self.folder / f"{number:06d}.json").read_text(encoding="utf-8"))
+        digest = read_json(self.folder / f"{number:06d}.json")
         content = (self.folder / f"{number:06d}.pt").read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest["sha256"]:
+        if hashlib.sha256(content).hexdigest() != digest.get("sha256"):
             raise ValueError("its checksum is wrong")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = load_tensors(content)
+        if not isinstance(state, dict) or not {"model", "loop", "training"} <= set(state):
+            raise ValueError("it is not the state of a run")
+        return state
