@@ -244,8 +244,6 @@ class Experiment:
     def _check_names(self) -> None:
         if self.pruner not in pruners.names():
             raise unknown("pruner", self.pruner, pruners.names())
-        for arm in self.arms:
-            pruners.check_combination(self.pruner, arm.variant, self.rewind, self.cycles)
         if ":" not in self.model and self.model not in models.names():
             raise unknown("model", self.model, [*models.names(), "package.module:factory"])
         if not self.data_is_folder and self.data not in data_sets.names():
