@@ -2,7 +2,7 @@
 
 A unit is dead for an input when ``|f(z)| <= eps`` and ``|f'(z)| <= eps``, f' being the true derivative and not a
 surrogate. Each activation states the closed interval [low, high] of such z. Piecewise activations are exactly 0 there
-and use ``eps = 0``; GELU, SiLU, Mish, sigmoid and Softplus only approach 0 and use ``eps = 0.01`` unless told otherwise.
+and use ``eps = 0``; GELU, SiLU, Mish, sigmoid and Softplus only approach 0 and use ``eps = 0.01`` if not told otherwise.
 
 A module of your own is an activation as soon as it has an attribute, property or method ``dead_range``:
 a pair (low, high), or None when it cannot die; a method may take ``eps``.
@@ -82,10 +82,10 @@ def leaky(eps: float | None, slope: float | Tensor) -> DeadRange | None:
         # 0/0 would be NaN: a slope of exactly 0 is dead arbitrarily far to the left.
         low = torch.where(size == 0, -math.inf, -limit / size.clamp(min=torch.finfo(torch.float32).tiny))
         return per_channel(low, torch.zeros_like(size), size <= limit)
-    size = abs(slope)
-    if size > limit:
+    steepness = abs(slope)
+    if steepness > limit:
         return None
-    return DeadRange(-limit / size if size else -math.inf, 0.0)
+    return DeadRange(-limit / steepness if steepness else -math.inf, 0.0)
 
 
 def random_leaky(eps: float | None, lower: float, upper: float) -> DeadRange | None:
@@ -122,14 +122,15 @@ def hardsigmoid(eps: float | None) -> DeadRange:
 
 
 def squared(eps: float | None, scale: float | Tensor = 1.0) -> DeadRange:
-    """scale * relu(z)^2, before any bias: z <= min(sqrt(eps/scale), eps/(2 scale)), which is 0 at the default eps = 0."""
+    """scale * relu(z)^2, before any bias: z <= min(sqrt(eps/scale), eps/(2 scale)), 0 at the default eps = 0."""
     if not eps:
         return NEGATIVE
     if isinstance(scale, Tensor):
         ratio = eps / scale.detach().abs().float()
-        return per_channel(torch.full_like(ratio, -math.inf), torch.minimum(ratio.sqrt(), ratio / 2), ratio > 0)
-    ratio = eps / abs(scale) if scale else math.inf
-    return DeadRange(-math.inf, min(math.sqrt(ratio), ratio / 2))
+        high = torch.minimum(ratio.sqrt(), ratio / 2)
+        return DeadRange(torch.full_like(high, -math.inf), high)
+    quotient = eps / abs(scale) if scale else math.inf
+    return DeadRange(-math.inf, min(math.sqrt(quotient), quotient / 2))
 
 
 def _smooth(name: str, default: float) -> Rule:
@@ -408,7 +409,7 @@ def _calls() -> dict[Callable[..., Any], _Call]:
             _Call("hardtanh", {"min_val": -1.0, "max_val": 1.0}, clamp, ("min_val", "max_val")),
         ),
         (
-            (F.threshold, F.threshold_, torch.threshold, torch.threshold_),
+            (F.threshold, torch.threshold, torch.threshold_),
             _Call("threshold", {"threshold": 0.0, "value": 0.0}, threshold, ("threshold", "value")),
         ),
         ((F.hardshrink, torch.hardshrink, Tensor.hardshrink), _Call("hardshrink", {"lambd": 0.5}, shrink, ("lambd",))),

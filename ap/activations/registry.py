@@ -10,11 +10,24 @@ from typing import Any
 from torch import nn
 
 from ap.activations import ranges
+from ap.activations.gated import GCU, Swish
 from ap.activations.ranges import DeadRange
+from ap.activations.rectifiers import HeLU, SquaredReLU, StarReLU
+from ap.activations.smooth import RESCU, GSmeLU, SmeLU
 
 Constructor = Callable[..., nn.Module]
 
-_ACTIVATIONS: dict[str, Constructor] = {spec.name: kind for kind, spec in ranges.MODULES.items()}
+_ACTIVATIONS: dict[str, Constructor] = {spec.name: kind for kind, spec in ranges.MODULES.items()} | {
+    "threshold": lambda threshold=0.0, value=0.0: nn.Threshold(threshold, value),  # so that it needs no arguments
+    "smelu": SmeLU,
+    "gsmelu": GSmeLU,
+    "rescu": RESCU,
+    "helu": HeLU,
+    "swish": Swish,
+    "gcu": GCU,
+    "relu_squared": SquaredReLU,
+    "star_relu": StarReLU,
+}
 
 
 def names() -> list[str]:

@@ -1,0 +1,146 @@
+"""Products with a function of x itself: Swish with its β, and the growing cosine unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ap.activations.parameters import along, value_of
+from ap.activations.ranges import SMOOTH_EPS, DeadRange, numeric, per_channel
+
+
+class _Swish(torch.autograd.Function):
+    """For a learnable β: keeps x alone and computes the sigmoid again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, beta: Tensor) -> Tensor:
+        return x * torch.sigmoid(beta * x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, beta = ctx.saved_tensors
+        s = torch.sigmoid(beta * x)
+        slope = x * s * (1 - s)
+        return grad * (s + beta * slope), (grad * x * slope).sum_to_size(beta.shape)
+
+
+class _GCU(torch.autograd.Function):
+    """Keeps x alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * torch.cos(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * (torch.cos(x) - x * torch.sin(x))
+
+
+def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
+    """Swish: x·σ(βx) (Ramachandran et al. 2017); SiLU at β = 1, x/2 at β = 0, ReLU as β → ∞.
+
+    Args:
+        x: any shape; the result has its dtype. At ±∞ the limits are returned.
+        beta: a number, or a tensor that broadcasts.
+
+    Example:
+        >>> swish(torch.tensor([0.0, 1.0]), 0.0)
+        tensor([0.0000, 0.5000])
+    """
+    lowest = torch.finfo(x.dtype).min
+    if not isinstance(beta, Tensor):
+        if beta == 0:
+            return x / 2
+        if beta == 1:
+            return F.silu(x.clamp(min=lowest))
+        # −∞ · 0 must not appear: at the lowest finite number the sigmoid is exactly 0.
+        return F.silu((x * beta).clamp(min=lowest)) / beta
+    beta = beta.to(x.dtype)
+    x = x.clamp(min=lowest, max=-lowest)
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(beta * x)
+    return _Swish.apply(x, beta)  # type: ignore[no-any-return]
+
+
+def gcu(x: Tensor) -> Tensor:
+    """Growing cosine unit: x·cos x (Noel et al. 2021). It oscillates, so at ±∞ it is NaN.
+
+    >>> gcu(torch.tensor([0.0, torch.pi]))
+    tensor([ 0.0000, -3.1416])
+    """
+    return x * torch.cos(x) if torch.compiler.is_compiling() else _GCU.apply(x)  # type: ignore[no-any-return]
+
+
+class Swish(nn.Module):
+    """Swish as a module.
+
+    Args:
+        beta: β.
+        learnable: learn β.
+        num_parameters: 1 for a shared β, or the number of channels.
+        channel_dim: the axis of the channels.
+
+    Example:
+        >>> [name for name, _ in Swish(learnable=True).named_parameters()]
+        ['beta']
+    """
+
+    def __init__(
+        self, beta: float = 1.0, learnable: bool = False, num_parameters: int = 1, channel_dim: int = 1
+    ) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.beta: Any = nn.Parameter(torch.full((num_parameters,), float(beta))) if learnable else float(beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return swish(x, along(self.beta, x, self.channel_dim))
+
+    @property
+    def dead_range(self) -> DeadRange | None:
+        """The tail where both value and slope are at most 0.01: the left one for β > 0."""
+        return self.dead_range_at(None)
+
+    def dead_range_at(self, eps: float | None) -> DeadRange | None:
+        """The same with another eps."""
+        limit = SMOOTH_EPS if eps is None else eps
+        beta = value_of(self.beta)
+        if not isinstance(beta, Tensor):
+            return numeric("swish", limit, beta) if beta else None
+        found = [numeric("swish", limit, float(b)) if float(b) else None for b in beta]
+        low = torch.tensor([0.0 if f is None else float(f.low) for f in found], device=beta.device)
+        high = torch.tensor([0.0 if f is None else float(f.high) for f in found], device=beta.device)
+        return per_channel(low, high, torch.tensor([f is not None for f in found], device=beta.device))
+
+    def extra_repr(self) -> str:
+        return "" if isinstance(self.beta, Tensor) else f"beta={self.beta}"
+
+
+class GCU(nn.Module):
+    """x·cos x as a module. It cannot die: nowhere are its value and its slope 0 together.
+
+    >>> GCU()(torch.zeros(1))
+    tensor([0.])
+    """
+
+    dead_range = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return gcu(x)

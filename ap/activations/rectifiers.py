@@ -1,0 +1,167 @@
+"""Rectifiers with another backward pass, or another power: HeLU, squared ReLU, StarReLU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ap.activations.ranges import NEGATIVE, DeadRange, squared
+
+STAR_SCALE, STAR_BIAS = 1 / math.sqrt(1.25), -0.5 / math.sqrt(1.25)
+
+
+class _HeLU(torch.autograd.Function):
+    """Keeps one byte an element: where the gradient passes. It is returned too, so that torch.func can batch it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        return F.relu(x), x > -alpha
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        (passes,) = ctx.saved_tensors
+        return grad * passes, None
+
+
+def helu(x: Tensor, alpha: float = 0.05) -> Tensor:
+    """HeLU: ReLU forward, while the gradient passes for all x > −α (the hysteresis rectified linear unit).
+
+    Its backward pass is a surrogate: units with −α < x ≤ 0 output nothing and yet learn.
+
+    Args:
+        x: any shape; the result has its dtype.
+        alpha: α ≥ 0; 0 is ReLU, inf passes every gradient.
+
+    Example:
+        >>> x = torch.tensor([-1.0, -0.01, 1.0], requires_grad=True)
+        >>> helu(x).sum().backward(); x.grad
+        tensor([0., 1., 1.])
+    """
+    if not alpha >= 0:
+        raise ValueError(f"alpha must be 0 or more, not {alpha}")
+    if not (torch.is_grad_enabled() and x.requires_grad) or _exporting():
+        return F.relu(x)
+    return _HeLU.apply(x, float(alpha))[0]  # type: ignore[no-any-return]
+
+
+def _exporting() -> bool:
+    """Whether a graph for inference is being made, which has no backward pass."""
+    check = getattr(torch.compiler, "is_exporting", None)
+    return bool(check()) if check is not None else False
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)² (So et al. 2021, "Primer").
+
+    >>> relu_squared(torch.tensor([-1.0, 3.0]))
+    tensor([0., 9.])
+    """
+    r = F.relu(x)
+    return r * r
+
+
+def star_relu(x: Tensor, scale: float | Tensor = STAR_SCALE, bias: float | Tensor = STAR_BIAS) -> Tensor:
+    """s·relu(x)² + b, whose output has mean 0 and variance 1 for a standard normal input (Yu et al. 2022).
+
+    >>> star_relu(torch.zeros(1)).item() < 0
+    True
+    """
+    scale, bias = (p.to(x.dtype) if isinstance(p, Tensor) else p for p in (scale, bias))
+    return scale * relu_squared(x) + bias
+
+
+class HeLU(nn.Module):
+    """HeLU as a module.
+
+    Args:
+        alpha: how far below 0 gradients still pass, α ≥ 0.
+
+    Example:
+        >>> HeLU(alpha=0.1)(torch.tensor([-0.05, 2.0]))
+        tensor([0., 2.])
+    """
+
+    def __init__(self, alpha: float = 0.05) -> None:
+        super().__init__()
+        if not alpha >= 0:
+            raise ValueError(f"alpha must be 0 or more, not {alpha}")
+        self.alpha = float(alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return helu(x, self.alpha)
+
+    @property
+    def dead_range(self) -> DeadRange:
+        """(−∞, 0]: where the output is 0 and its true derivative too."""
+        return NEGATIVE
+
+    @property
+    def gradient_dead_range(self) -> DeadRange:
+        """(−∞, −α]: where no gradient comes back."""
+        return DeadRange(-math.inf, -self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+class SquaredReLU(nn.Module):
+    """relu(x)² as a module.
+
+    >>> SquaredReLU()(torch.tensor([2.0]))
+    tensor([4.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return relu_squared(x)
+
+    @property
+    def dead_range(self) -> DeadRange:
+        """(−∞, 0]."""
+        return squared(None)
+
+    def dead_range_at(self, eps: float | None) -> DeadRange:
+        """The same with |f| and |f'| at most eps."""
+        return squared(eps)
+
+
+class StarReLU(nn.Module):
+    """s·relu(x)² + b as a module. Its dead range is that of the square: before the bias.
+
+    Args:
+        scale, bias: s and b.
+        learnable: learn both; they are shared by all units.
+
+    >>> StarReLU().dead_range.high
+    0.0
+    """
+
+    def __init__(self, scale: float = STAR_SCALE, bias: float = STAR_BIAS, learnable: bool = False) -> None:
+        super().__init__()
+        self.scale: Any = nn.Parameter(torch.tensor([float(scale)])) if learnable else float(scale)
+        self.bias: Any = nn.Parameter(torch.tensor([float(bias)])) if learnable else float(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return star_relu(x, self.scale, self.bias)
+
+    @property
+    def dead_range(self) -> DeadRange:
+        """(−∞, 0]."""
+        return self.dead_range_at(None)
+
+    def dead_range_at(self, eps: float | None) -> DeadRange:
+        """The same with |f − b| and |f'| at most eps."""
+        return squared(eps, float(self.scale))

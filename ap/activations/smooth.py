@@ -1,0 +1,310 @@
+"""Smooth rectifiers: SmeLU, its generalisation, and the construction that both are cases of.
+
+Shamir, Lin and Coviello, "Smooth activations and reproducibility in deep networks" (2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ap.activations.parameters import Positive, along, value_of
+from ap.activations.ranges import DeadRange, per_channel, solve
+
+Number = float | Tensor
+FLOOR = 1e-6
+"""A half-width below this is none: the function is then the one with a kink, since dividing by it would give NaN."""
+
+
+class _SmeLU(torch.autograd.Function):
+    """Keeps only its output, which the next layer keeps anyway: the slope is √(y/β) below y = β, and 1 above."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, beta: float) -> Tensor:
+        return _smelu(x, beta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.beta = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return grad * _Slope.apply(y, ctx.beta), None
+
+
+class _Slope(torch.autograd.Function):
+    """√(y/β) up to 1, whose own derivative is taken as 0 where y = 0: there the root's is infinite and y's is 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, beta: float) -> Tensor:
+        return (y / beta).clamp(max=1).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.beta = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (t,) = ctx.saved_tensors
+        return torch.where((t > 0) & (t < 1), grad / (2 * ctx.beta * t), torch.zeros_like(grad)), None
+
+
+def _smelu(x: Tensor, beta: Number) -> Tensor:
+    t = ((x + beta) / (2 * beta)).clamp(0, 1)
+    return beta * t * t + F.relu(x - beta)
+
+
+def smelu(x: Tensor, beta: Number = 0.5) -> Tensor:
+    """SmeLU: 0 up to −β, (x + β)²/4β up to β, then x (Shamir et al. 2020, eq. 5).
+
+    Args:
+        x: any shape; the result has its dtype.
+        beta: half-width β ≥ 0 of the quadratic part, a number or a tensor that broadcasts; below 1e-6 this is ReLU.
+
+    Example:
+        >>> smelu(torch.tensor([-1.0, 0.0, 1.0]), 0.5)
+        tensor([0.0000, 0.1250, 1.0000])
+    """
+    if isinstance(beta, Tensor):
+        return _smelu(x, beta.to(x.dtype).clamp(min=FLOOR))
+    _not_negative("beta", beta)
+    if beta < FLOOR:
+        return F.relu(x)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return _smelu(x, beta)
+    return _SmeLU.apply(x, float(beta))  # type: ignore[no-any-return]
+
+
+def rescu(
+    x: Tensor,
+    alpha: Number = 0.5,
+    beta: Number = 0.5,
+    g_minus: Number = 0.0,
+    g_plus: Number = 1.0,
+    t: Number = 0.0,
+    cdf: Callable[[Tensor], Tensor] | None = None,
+    integral: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """RESCU: slope g₋ up to −α, g₊ from β on, and in between the slope goes along a CDF (Shamir et al. 2020).
+
+    f = t + g₋·(x + α) + (g₊ − g₋)·((α + β)·∫₀^τ F + relu(x − β)) with τ = clamp((x + α)/(α + β), 0, 1).
+
+    Args:
+        x: any shape.
+        alpha, beta: where the transition begins and ends, ≥ 0 and not both 0.
+        g_minus, g_plus: the slopes.
+        t: the value at −α.
+        cdf, integral: F on [0, 1] and its integral from 0; the smoothstep 3τ² − 2τ³ if not given, which makes f twice
+            continuously differentiable. Only the integral enters the value; F is its derivative.
+
+    Example:
+        >>> rescu(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.0000, 0.0938, 1.0000])
+    """
+    if (cdf is None) != (integral is None):
+        raise ValueError("rescu takes cdf and integral together: the integral of the CDF from 0")
+    for name, width in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(width, Tensor):
+            _not_negative(name, width)
+    alpha, beta, g_minus, g_plus, t = (
+        p.to(x.dtype) if isinstance(p, Tensor) else p for p in (alpha, beta, g_minus, g_plus, t)
+    )
+    area = integral if integral is not None else _smoothstep_integral
+    width = alpha + beta
+    width = width.clamp(min=FLOOR) if isinstance(width, Tensor) else max(width, FLOOR)
+    tau = ((x + alpha) / width).clamp(0, 1)
+    rise = (g_plus - g_minus) * (width * area(tau) + F.relu(x - beta))
+    if not isinstance(g_minus, Tensor):
+        return rise + t if g_minus == 0 else rise + g_minus * (x + alpha) + t
+    # A learnable slope may be exactly 0, and 0 · ∞ must not appear: at −∞ the limit is put in.
+    lowest = torch.finfo(x.dtype).min
+    value = rise + g_minus * (x.clamp(min=lowest) + alpha) + t
+    return torch.where((x == -math.inf) & (g_minus != 0), -torch.sign(g_minus) * math.inf, value)
+
+
+def _smoothstep(tau: Tensor) -> Tensor:
+    return tau * tau * (3 - 2 * tau)
+
+
+def _smoothstep_integral(tau: Tensor) -> Tensor:
+    return tau**3 * (1 - tau / 2)
+
+
+def _uniform(tau: Tensor) -> Tensor:
+    return tau
+
+
+def _uniform_integral(tau: Tensor) -> Tensor:
+    return tau * tau / 2
+
+
+def gsmelu(
+    x: Tensor,
+    alpha: Number = 0.5,
+    beta: Number = 0.5,
+    g_minus: Number = 0.0,
+    g_plus: Number = 1.0,
+    t: Number = 0.0,
+) -> Tensor:
+    """Generalised SmeLU: slopes g₋ and g₊ joined by a parabola on [−α, β] (Shamir et al. 2020): RESCU, uniform.
+
+    Example:
+        >>> gsmelu(torch.tensor([-1.0, 0.0, 1.0])).tolist() == smelu(torch.tensor([-1.0, 0.0, 1.0])).tolist()
+        True
+    """
+    return rescu(x, alpha, beta, g_minus, g_plus, t, _uniform, _uniform_integral)
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name} must be 0 or more, not {value}")
+
+
+class SmeLU(nn.Module):
+    """SmeLU as a module, with a fixed or a learnable β.
+
+    Args:
+        beta: half-width β ≥ 0; must be positive where it is learnable.
+        learnable: learn β, kept positive by softplus.
+        num_parameters: 1 for a shared β, or the number of channels.
+        channel_dim: the axis of the channels.
+
+    Example:
+        >>> SmeLU(beta=1.0)(torch.zeros(2))
+        tensor([0.2500, 0.2500])
+    """
+
+    def __init__(
+        self, beta: float = 0.5, learnable: bool = False, num_parameters: int = 1, channel_dim: int = 1
+    ) -> None:
+        super().__init__()
+        _not_negative("beta", beta)
+        self.channel_dim = channel_dim
+        self.beta: Any = Positive(beta, num_parameters, "beta") if learnable else float(beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return smelu(x, along(self.beta, x, self.channel_dim))
+
+    @property
+    def dead_range(self) -> DeadRange | None:
+        """(−∞, −β]."""
+        return self.dead_range_at(None)
+
+    def dead_range_at(self, eps: float | None) -> DeadRange | None:
+        """The same where value and slope are at most eps: t ≤ min(eps, √(eps/β)) and x = 2βt − β."""
+        beta = value_of(self.beta)
+        limit = eps or 0.0
+        if isinstance(beta, Tensor):
+            t = torch.minimum(torch.full_like(beta, limit), (limit / beta).sqrt())
+            return per_channel(torch.full_like(beta, -math.inf), 2 * beta * t - beta, torch.ones_like(beta) > 0)
+        share = min(limit, math.sqrt(limit / beta)) if beta else 0.0
+        return DeadRange(-math.inf, 2 * beta * share - beta)
+
+    def extra_repr(self) -> str:
+        return "" if isinstance(self.beta, nn.Module) else f"beta={self.beta}"
+
+
+class RESCU(nn.Module):
+    """RESCU as a module: pass a transition's CDF and its integral, get an activation.
+
+    Args:
+        alpha, beta, g_minus, g_plus, t, cdf, integral: see `rescu`; the smoothstep if no CDF is given.
+        learnable: learn all five numbers; α and β are kept positive by softplus.
+        num_parameters: 1 for shared ones, or the number of channels.
+        channel_dim: the axis of the channels.
+
+    Example:
+        >>> f = RESCU(cdf=lambda tau: tau, integral=lambda tau: tau**2 / 2)
+        >>> f(torch.tensor([0.0])).item() == smelu(torch.tensor([0.0])).item()
+        True
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        g_minus: float = 0.0,
+        g_plus: float = 1.0,
+        t: float = 0.0,
+        cdf: Callable[[Tensor], Tensor] | None = None,
+        integral: Callable[[Tensor], Tensor] | None = None,
+        learnable: bool = False,
+        num_parameters: int = 1,
+        channel_dim: int = 1,
+    ) -> None:
+        super().__init__()
+        if (cdf is None) != (integral is None):
+            raise ValueError("RESCU takes cdf and integral together: the integral of the CDF from 0")
+        _not_negative("alpha", alpha)
+        _not_negative("beta", beta)
+        self.cdf, self.integral = cdf, integral
+        self.channel_dim = channel_dim
+        self.alpha: Any = Positive(alpha, num_parameters, "alpha") if learnable else float(alpha)
+        self.beta: Any = Positive(beta, num_parameters, "beta") if learnable else float(beta)
+        for name, value in (("g_minus", g_minus), ("g_plus", g_plus), ("t", t)):
+            filled = nn.Parameter(torch.full((num_parameters,), float(value))) if learnable else float(value)
+            setattr(self, name, filled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        names = ("alpha", "beta", "g_minus", "g_plus", "t")
+        numbers = {name: along(getattr(self, name), x, self.channel_dim) for name in names}
+        return rescu(x, **numbers, cdf=self.cdf, integral=self.integral)
+
+    @property
+    def dead_range(self) -> DeadRange | None:
+        """(−∞, −α] where g₋ = 0 and t = 0."""
+        return self.dead_range_at(None)
+
+    def dead_range_at(self, eps: float | None) -> DeadRange | None:
+        """The same with |f| and |f'| at most eps."""
+        alpha, g_minus, t = (value_of(getattr(self, name)) for name in ("alpha", "g_minus", "t"))
+        if not isinstance(alpha, Tensor):
+            if eps:
+                return solve(self.forward, eps)
+            return DeadRange(-math.inf, -alpha) if g_minus == 0 and t == 0 else None
+        assert isinstance(g_minus, Tensor)
+        assert isinstance(t, Tensor)
+        return per_channel(torch.full_like(alpha, -math.inf), -alpha, (g_minus == 0) & (t == 0))
+
+    def extra_repr(self) -> str:
+        names = ("alpha", "beta", "g_minus", "g_plus", "t")
+        fixed = [f"{n}={getattr(self, n)}" for n in names if isinstance(getattr(self, n), float)]
+        return ", ".join(fixed)
+
+
+class GSmeLU(RESCU):
+    """Generalised SmeLU as a module: RESCU with the uniform CDF. With its defaults it is SmeLU with β = 0.5.
+
+    Example:
+        >>> GSmeLU(g_minus=0.1)(torch.tensor([2.0])).shape
+        torch.Size([1])
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        g_minus: float = 0.0,
+        g_plus: float = 1.0,
+        t: float = 0.0,
+        learnable: bool = False,
+        num_parameters: int = 1,
+        channel_dim: int = 1,
+    ) -> None:
+        super().__init__(
+            alpha, beta, g_minus, g_plus, t, _uniform, _uniform_integral, learnable, num_parameters, channel_dim
+        )
