@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.studies import conv_filter, dnr, relu_classifier, xor  # noqa: F401  (studies register themselves)
+from recipes.studies import activation_search, conv_filter, dnr, relu_classifier, xor  # noqa: F401  (studies register themselves)
 from recipes.studies.base import Outcome, Study, execute, registered
 
 __all__ = ["Outcome", "Study", "cli", "create", "names", "run"]

@@ -21,12 +21,13 @@ class Images:
     image_size: int
 
 
-def load(name: str, train: int | None = None, test: int | None = None) -> Images:
+def load(name: str, train: int | None = None, test: int | None = None, val: int | None = None) -> Images:
     """The data set `name`, at most `train` training images and `test` validation and test images each.
+    `val` training images are held out for validation; without it, as many as `recipes.data.load` does.
 
     The files are looked for as `recipes.data.load` does; the digits need none.
     """
-    whole = data.load(name)
+    whole = data.load(name, val=val)
 
     def part(images: data.sets.ImageSet, limit: int | None) -> tuple[Tensor, Tensor]:
         return whole.normalise(images.images[:limit]), images.labels[:limit].clone()
