@@ -7,6 +7,7 @@ from ap.activations.ranges import DeadRange, dead_range, gradient_dead_range, is
 from ap.activations.rectifiers import HeLU, SquaredReLU, StarReLU
 from ap.activations.registry import create, names, register, unregister
 from ap.activations.smooth import RESCU, GSmeLU, SmeLU
+from ap.activations.swapping import Swapped, swap
 
 __all__ = [
     "GCU",
@@ -17,6 +18,7 @@ __all__ = [
     "SmeLU",
     "SquaredReLU",
     "StarReLU",
+    "Swapped",
     "Swish",
     "create",
     "dead_range",
@@ -26,5 +28,6 @@ __all__ = [
     "names",
     "param_groups",
     "register",
+    "swap",
     "unregister",
 ]

@@ -2,7 +2,7 @@
 
 A unit is dead for an input when ``|f(z)| <= eps`` and ``|f'(z)| <= eps``, f' being the true derivative and not a
 surrogate. Each activation states the closed interval [low, high] of such z. Piecewise activations are exactly 0 there
-and use ``eps = 0``; GELU, SiLU, Mish, sigmoid and Softplus only approach 0 and use ``eps = 0.01`` if not told otherwise.
+and use ``eps = 0``; GELU, SiLU, Mish, sigmoid and Softplus only approach 0: ``eps = 0.01`` if not told otherwise.
 
 A module of your own is an activation as soon as it has an attribute, property or method ``dead_range``:
 a pair (low, high), or None when it cannot die; a method may take ``eps``.
