@@ -197,6 +197,8 @@ def execute(config: Experiment, out: Path, say: Say, workers: int | None = None)
 def check(config: Experiment) -> None:
     """What only the whole configuration tells: combinations of pruner, arms and rewinding, and the device."""
     device_of(config.device)
+    if ":" in config.model:
+        models.load_factory(config.model)
     for arm in config.arms:
         pruners.check_combination(config.pruner, str(arm), config.rewind, config.cycles)
 
@@ -318,17 +320,13 @@ class _Run:
 
     def execute(self) -> None:
         """Runs all that is left."""
-        state = self.checkpoints.latest()
-        if state is not None:
-            fit_(self.model, state["model"])  # which structured pruning may have made smaller
-            self.loop.load_state_dict(state["loop"])
-            self.unfinished = state["training"]
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
         self.monitor = DNRMonitor(self.model, every=self.config.monitor_every) if self.config.monitor_every else None
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
+                    self.go_on()
                     self.loop.run(self.train, self.on_phase)
                 finally:
                     for warning in {str(w.message) for w in caught if issubclass(w.category, UserWarning)}:
@@ -336,6 +334,14 @@ class _Run:
             self.finish()
         finally:
             self.writer.close()
+
+    def go_on(self) -> None:
+        """Takes up the last checkpoint that is good, if there is one."""
+        state = self.checkpoints.latest()
+        if state is not None:
+            fit_(self.model, state["model"])  # which structured pruning may have made smaller
+            self.loop.load_state_dict(state["loop"])
+            self.unfinished = state["training"]
 
     def on_phase(self, loop: Cycles) -> None:
         """Between trainings: the state is whole."""
