@@ -1,6 +1,6 @@
 """Activate-while-Pruning: measure the neurons that a pruned network leaves dead, and wake them while pruning."""
 
-from ap import activations
+from ap import activations, init
 from ap.compaction import compact, compare
 from ap.cycles import Cycles, prune_iteratively
 from ap.dnr import DNRMonitor, measure_dnr

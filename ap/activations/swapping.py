@@ -54,8 +54,8 @@ def swap(
     """Replaces the activation modules of a model, in place.
 
     A module used in several places is replaced by one module used in those places. Gates (the sigmoid of
-    squeeze-and-excitation), softmax and attention stay as they are; what is called as a function cannot be replaced, and
-    is reported with the remedy.
+    squeeze-and-excitation), softmax and attention stay as they are; what is called as a function cannot be replaced
+    and is reported with the remedy.
 
     Args:
         model: any module; its parameters are not touched.
@@ -169,11 +169,7 @@ def _functional_calls(model: nn.Module) -> dict[str, str]:
             warnings.simplefilter("ignore")
             graph = trace(model)
     except Exception as error:  # a model's own code may raise anything when it is traced
-        return {
-            "": f"functional calls are not known: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        }
-    return {
-        node.name: f"{node.op} is called as a function: make it a module, self.act = nn.ReLU() and self.act(x), to swap it"
-        for node in graph.activations()
-        if node.module is None
-    }
+        why = str(error).partition("\n")[0] or type(error).__name__
+        return {"": f"functional calls are not known: {why}"}
+    remedy = "is called as a function: make it a module, self.act = nn.ReLU() and self.act(x), to swap it"
+    return {node.name: f"{node.op} {remedy}" for node in graph.activations() if node.module is None}
