@@ -161,6 +161,8 @@ def locked(folder: Path, patience_s: float = 2.0) -> Iterator[None]:
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
+        for left in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:  # by a process that was killed
+            left.unlink(missing_ok=True)
         yield
 
 
