@@ -26,7 +26,7 @@ from ap.activations.ranges import (
     gradient_dead_range,
     is_activation,
 )
-from ap.dnr_count import count_over_batch, dead_mask
+from ap.dnr_count import count_nonzero_over_batch, count_over_batch, dead_mask
 
 # Their output is 0 exactly where they are dead: counting what is not 0 there costs less than comparing the input.
 _ZERO_WHERE_DEAD = (nn.ReLU, nn.ReLU6)
@@ -330,7 +330,7 @@ class Watch:
 
     def _add_output(self, base: str, kind: str, output: Tensor, batch_axis: int) -> None:
         output = _batch_first(_unwrapped(output.detach()), batch_axis)
-        count = count_over_batch(output.to(torch.bool))
+        count = count_nonzero_over_batch(output)
         shape = output.shape
         self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], output.device, count, False, None))
 
