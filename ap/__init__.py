@@ -17,6 +17,7 @@ __all__ = [
     "compact",
     "compare",
     "explain",
+    "init",
     "measure_dnr",
     "prune_iteratively",
 ]

@@ -148,13 +148,14 @@ def initialize_(
         feeds = following.get(name)
         scale = 1.0 if feeds is None else given if given is not None else gain(feeds, variance)
         std = scale / math.sqrt(_fan(module, mode))
+        weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
         with torch.no_grad():
             if distribution == "normal":
-                module.weight.normal_(0, std, generator=generator)
+                weight.normal_(0, std, generator=generator)
             else:
-                module.weight.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
-            if module.bias is not None:
-                module.bias.zero_()
+                weight.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+            if bias is not None:
+                bias.zero_()
         stds[name] = std
     return stds
 

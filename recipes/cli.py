@@ -151,11 +151,11 @@ def _resume(arguments: list[str]) -> int:
 
 def _execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> int:
     with locked(out):
-        experiment.prepare(config, out)
+        threads = experiment.prepare(config, out)
         left = [job for job in experiment.jobs(config) if not experiment.is_done(out, job)]
         progress = Progress(config, left, quiet)
         try:
-            experiment.execute(config, out, progress, workers)
+            experiment.execute(config, out, progress, threads, workers)
         except Stopped:
             progress.close()
             print(f"stopped; go on with: python -m recipes resume {out}", file=sys.stderr)

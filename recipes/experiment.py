@@ -59,8 +59,12 @@ def jobs(config: Experiment) -> list[Job]:
     return [Job(arm, seed) for seed in config.seed_list for arm in config.arms]
 
 
-def prepare(config: Experiment, out: Path) -> None:
+def prepare(config: Experiment, out: Path) -> int:
     """Writes the experiment's configuration into its folder, or checks the one that is there.
+
+    Returns:
+        The number of CPU threads of each run. It is decided once and kept in the folder, because the last bits of sums
+        depend on it: a run that is resumed alone must not get more threads than it had beside others.
 
     Raises:
         FolderError: the folder belongs to another experiment, or to something else.
@@ -71,10 +75,17 @@ def prepare(config: Experiment, out: Path) -> None:
         odd = differences(saved.get("experiment", {}), config.to_dict())
         if odd:
             raise FolderError(f"{out} holds another experiment ({'; '.join(odd)}): choose another --out")
-    elif out.exists() and any(child.name != ".lock" for child in out.iterdir()):
+        return int(saved["threads"])
+    if out.exists() and any(child.name != ".lock" for child in out.iterdir()):
         raise FolderError(f"{out} is not empty, and not the folder of an experiment: choose another --out")
-    else:
-        write_json(path, {"schema": SCHEMA, "experiment": config.to_dict()})
+    side_by_side = 1 if device_of(config.device).type != "cpu" else len(jobs(config))
+    threads = config.threads or max(1, _cores() // side_by_side)
+    write_json(path, {"schema": SCHEMA, "experiment": config.to_dict(), "threads": threads})
+    return threads
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load(out: Path) -> Experiment:
@@ -145,10 +156,10 @@ def is_done(out: Path, job: Job) -> bool:
     return False
 
 
-def execute(config: Experiment, out: Path, say: Say, workers: int | None = None) -> None:
+def execute(config: Experiment, out: Path, say: Say, threads: int, workers: int | None = None) -> None:
     """Runs what is left of an experiment.
 
-    On a CPU several runs go side by side, one process each, with `threads` threads; on a GPU one after the other.
+    On a CPU several runs go side by side, one process each, with this many threads; on a GPU one after the other.
 
     Raises:
         Stopped: by SIGINT or SIGTERM, after every run has saved where it stands.
@@ -158,10 +169,8 @@ def execute(config: Experiment, out: Path, say: Say, workers: int | None = None)
     left = [job for job in jobs(config) if not is_done(out, job)]
     if not left:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_gpu = device_of(config.device).type != "cpu"
-    workers = workers or (1 if on_gpu else min(len(left), max(1, cores // (config.threads or 1))))
-    threads = config.threads or max(1, cores // workers)
+    workers = workers or (1 if on_gpu else min(len(left), max(1, _cores() // threads)))
     # The data set is packed before several processes want it.
     load_data(config)
     context = multiprocessing.get_context("spawn")

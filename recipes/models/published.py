@@ -7,8 +7,8 @@ import functools
 from torch import nn
 
 import ap.activations
+import ap.init
 from recipes.models.registry import Request, register
-from recipes.models.weights import draw_weights
 
 MODELS = {"resnet18": "relu", "resnet50": "relu", "vgg16_bn": "relu", "vit_b_16": "gelu"}
 
@@ -35,7 +35,7 @@ def build(request: Request, model: str, published: str) -> nn.Module:
     if request.activation_name != published or request.activation_params:
         ap.activations.swap(made, request.activation_name, **request.activation_params)
         if not model.startswith("vit"):
-            draw_weights(made)
+            ap.init.initialize_(made, request.activation_name, **request.activation_params)
     return made
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 import ap.activations
+import ap.init
 from recipes.models.factories import call_factory
-from recipes.models.weights import draw_weights, load_weights
+from recipes.models.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ _entries: dict[str, Entry] = {}
 def register(name: str, *, activation: str = "relu", initialised: bool = False) -> Callable[[Build], Build]:
     """Decorates `build(request, **options) -> nn.Module`.
 
-    `activation` is the one used unless another is asked for. Weights are drawn with
-    `draw_weights` after building, unless the model is `initialised` by its own rules. Raises ValueError for a
+    `activation` is the one used unless another is asked for. Weights are drawn for the activation with
+    `ap.init.initialize_` after building, unless the model is `initialised` by its own rules. Raises ValueError for a
     name that is taken.
 
     >>> from recipes.models import create, names
@@ -117,7 +118,7 @@ def create(
 
     `activation` is any name of `ap.activations.names()`, with `activation_params`; without one it is what the model
     was published with (GELU in a vision transformer, ReLU6 in MobileNet-V2, ReLU elsewhere). `width` scales the
-    number of channels. New weights are drawn by He's rule for rectifiers, from torch's global generator. `weights` is
+    number of channels. New weights are drawn for that activation, from torch's global generator. `weights` is
     a file of weights to start from instead: safetensors, or a state dictionary that torch saved. `options` are the
     model's own, such as `shortcut="B"` for the ResNets. `package.module:factory` calls a factory of one's own with
     those of these arguments that it names.
@@ -158,7 +159,7 @@ def create(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if not entry.initialised:
-            draw_weights(model)
+            ap.init.initialize_(model, request.activation_name, **params)
     if weights is not None:
         load_weights(model, weights)
     return model

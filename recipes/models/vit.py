@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ap.init
 from recipes.models.registry import Request, register
 
 PATCHES = 8  # along each side
@@ -63,7 +64,7 @@ class SmallViT(nn.Module):
         self.blocks = nn.Sequential(*(EncoderBlock(request, dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.fc = nn.Linear(dim, request.num_classes)
-        self._initialise(2**0.5)
+        self._initialise(ap.init.gain(request.activation_name, **request.activation_params))
 
     def _initialise(self, gain: float) -> None:
         """Unit variance in each branch: LayerNorm begins it, so that only `fc2` has the activation before it."""

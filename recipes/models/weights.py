@@ -1,4 +1,4 @@
-"""Weights to start from: drawn, or given."""
+"""Starting from given weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recipes.tensors import load_tensors
-
-
-def draw_weights(model: nn.Module) -> None:
-    """Draws each convolution and linear layer anew: variance 2 / fan-in (He et al. 2015, equation 10), zero biases."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -236,10 +236,17 @@ def one_step(model: nn.Module, x: Tensor) -> None:
     assert missing == []
 
 
+# In a residual network the activation follows the addition: a square is squared again in every block, until float32
+# overflows. These two are for networks without such a path.
+SQUARES = ("relu_squared", "star_relu")
+
+
 @pytest.mark.parametrize("activation", ap.activations.names())
 def test_every_activation(activation: str) -> None:
     torch.manual_seed(0)
-    for name in ("cnn", "resnet20"):
+    for name in ("cnn", "vgg11-bn", "resnet20"):
+        if name.startswith("resnet") and activation in SQUARES:
+            continue
         one_step(small(name, activation=activation), torch.randn(4, 3, size_for(name), size_for(name)))
 
 
@@ -252,8 +259,10 @@ def test_every_model(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activation", ap.activations.names())
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [(n, a) for n in OURS for a in ap.activations.names() if not (n.startswith("resnet") and a in SQUARES)],
+)
 def test_every_model_with_every_activation(name: str, activation: str) -> None:
     torch.manual_seed(0)
     one_step(small(name, activation=activation), torch.randn(4, 3, size_for(name), size_for(name)))
@@ -304,7 +313,7 @@ def test_the_small_cnn_learns_the_digits(activation: str) -> None:
             optimizer.step()
     with torch.no_grad():
         accuracy = (model(data.normalise(data.val.images)).argmax(1) == data.val.labels).float().mean()
-    assert accuracy > 0.93
+    assert accuracy > 0.9  # guessing gives 0.1; seen over seeds: 0.93 to 0.97
 
 
 @pytest.mark.parametrize(
@@ -348,7 +357,7 @@ def test_register() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "selu", "smelu", "tanh"])
 def test_weights_are_drawn_for_the_activation(activation: str) -> None:
     """Nineteen layers without normalisation: with another activation's gain the logits vanish or explode."""
     deviations = []
@@ -363,7 +372,7 @@ def test_weights_are_drawn_for_the_activation(activation: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_vit_branches_start_with_unit_variance(activation: str) -> None:
     torch.manual_seed(0)
     model = create("vit-tiny", activation=activation)
