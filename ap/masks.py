@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 
 from ap.names import close_names, refuse_wrappers
 from ap.ranking import apportion, lowest, lowest_per_row, select_lowest
@@ -27,6 +27,7 @@ from ap.slots import (
     gradient_hook,
     parameter_ids,
 )
+from ap.steps import after_every_step
 
 Scope = Literal["global", "layer", "row", "group"]
 _SCHEMA = 1
@@ -282,7 +283,7 @@ class Masks:
         The hook lives until its handle's `.remove()`, or until the model is gone.
         """
         slots = list(self._slots.values())  # hold their modules weakly, so the hook does not keep the model alive
-        handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: enforce(slots, opt))
+        handle = after_every_step(lambda opt, args, kwargs: enforce(slots, opt))
         weakref.finalize(self.model, handle.remove)
         return handle
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 
 from ap import criteria
 from ap.activations.ranges import dead_range, is_activation
@@ -22,6 +22,7 @@ from ap.masks import Masks, check_share
 from ap.names import close_names
 from ap.ranking import LazyScores, lowest
 from ap.slots import Handle, Kept
+from ap.steps import after_every_step
 
 
 class Selection(dict[str, Tensor]):
@@ -409,7 +410,7 @@ def _register(plugin: AP) -> Handle:
         if owner.criterion is criteria.decay_corrected and _steps(optimizer, owner.masks):
             owner._decay.step(optimizer)
 
-    handle = register_optimizer_step_post_hook(after_step)
+    handle = after_every_step(after_step)
     weakref.finalize(plugin, handle.remove)
     return handle
 

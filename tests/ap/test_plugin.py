@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim import optimizer as optim
 
-from ap import AP, Masks, criteria
+from ap import AP, Masks, criteria, steps
 from ap.criteria import DecayTracker, Layer
 from ap.plugin import split
 
@@ -218,8 +218,9 @@ def test_bad_input_says_what_is_right():
 
 
 def test_the_hook_goes_with_the_model():
-    hooks = optim._global_optimizer_post_hooks
-    before = len(hooks)
+    AP(network()).mark_start()
+    gc.collect()
+    hooks, before = len(optim._global_optimizer_post_hooks), len(steps._functions)
     for _ in range(20):
         model = network()
         plugin = AP(model)
@@ -229,7 +230,7 @@ def test_the_hook_goes_with_the_model():
     del model, plugin
     gc.collect()
     assert reference() is None
-    assert len(hooks) == before
+    assert (len(optim._global_optimizer_post_hooks), len(steps._functions)) == (hooks, before)
 
 
 def test_dead_stays_dead_when_the_plugin_itself_is_gone():

@@ -1,0 +1,51 @@
+"""What is to happen after every optimizer's steps: one global hook of PyTorch's for all that this package keeps."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+AfterStep = Callable[[Optimizer, Any, Any], None]
+
+# Replaced and never changed: PyTorch's own dictionary of hooks cannot change while another thread goes through it.
+_functions: dict[int, AfterStep] = {}
+_numbers = itertools.count()
+_lock = threading.RLock()  # a finalizer may remove a function in the middle of adding one
+_hooked = False
+
+
+class StepHandle:
+    """What `after_every_step` returns."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def remove(self) -> None:
+        """The function is not called any more, from the next step on."""
+        global _functions
+        with _lock:
+            _functions = {number: function for number, function in _functions.items() if number != self._number}
+
+
+def after_every_step(function: AfterStep) -> StepHandle:
+    """Calls `function(optimizer, args, kwargs)` after each step of any optimizer, in whatever thread it is made.
+
+    Unlike PyTorch's `register_optimizer_step_post_hook`, functions may come and go while other threads make steps.
+    """
+    global _functions, _hooked
+    with _lock:
+        if not _hooked:
+            register_optimizer_step_post_hook(_call_all)
+            _hooked = True
+        handle = StepHandle(next(_numbers))
+        _functions = {**_functions, handle._number: function}
+    return handle
+
+
+def _call_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for function in list(_functions.values()):
+        function(optimizer, args, kwargs)
