@@ -107,6 +107,42 @@ class Masks:
         masks.remove({name: masks.weight(name) == 0 for name in masks.names})
         return masks
 
+    @classmethod
+    def from_torch_prune(cls, model: nn.Module, **kwargs: Any) -> Masks:
+        """Masks of a model that torch.nn.utils.prune has pruned; its `weight_mask` buffers follow from now on.
+
+        Raises:
+            ValueError: it has masked none of the weights.
+
+        Example:
+            >>> from torch.nn.utils import prune
+            >>> layer = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=3)
+            >>> Masks.from_torch_prune(layer).alive
+            5
+        """
+        from ap.compat.torch_prune import check_pruned
+
+        masks = cls(model, **kwargs)
+        check_pruned(masks)
+        return masks
+
+    def to_torch_prune(self) -> nn.Module:
+        """Gives the model torch.nn.utils.prune's `weight_orig` and `weight_mask`; `prune.remove` undoes it.
+
+        Returns:
+            The model, changed in place; its parameters are the same objects, and these masks go on working.
+
+        Example:
+            >>> layer = nn.Linear(2, 1)
+            >>> masks = Masks(layer)
+            >>> _ = masks.remove({"weight": torch.tensor([[True, False]])})
+            >>> masks.to_torch_prune().weight_mask
+            tensor([[0., 1.]])
+        """
+        from ap.compat.torch_prune import to_torch_prune
+
+        return to_torch_prune(self)
+
     @property
     def names(self) -> list[str]:
         """The weights' names in module order, which is also the order of ties."""
