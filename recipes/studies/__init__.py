@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.studies import activation_search, conv_filter, dnr, relu_classifier, xor  # noqa: F401  (studies register themselves)
+from recipes.studies import (  # noqa: F401  (studies register themselves)
+    activation_search,
+    activation_sweep,
+    conv_filter,
+    dnr,
+    gelu,
+    helu,
+    init,
+    relu_classifier,
+    reproducibility,
+    swish_depth,
+    xor,
+)
 from recipes.studies.base import Outcome, Study, execute, registered
 
 __all__ = ["Outcome", "Study", "cli", "create", "names", "run"]

@@ -41,10 +41,10 @@ class ActivationSearch(Study):
         "them Swish, x·σ(βx) (Ramachandran, Zoph & Le 2017)."
     )
     setting: ClassVar[str] = (
-        "A core unit is b(u1(x), u2(x)) with 25 unary and 10 binary functions: 6,250, all of them looked at. In a chain, "
+        "A core unit is b(u1(x), u2(x)) with 25 unary and 10 binary functions: 6,250. In a chain, "
         "a unit's first input is the output of the unit before, its second x or any earlier output; an LSTM controller "
-        "writes chains and learns by PPO from the accuracy of their networks. A child network is small, fully connected "
-        "and normalised before each activation, and trains for a fixed number of steps; hundreds train as one. "
+        "writes chains and learns by PPO from the accuracy of their networks. Child networks are small, fully connected "
+        "and normalised before each activation, and train for a fixed number of steps; hundreds train as one. "
         "Candidates that are not finite or constant, or equal to an earlier one, are rejected before. Choices are made "
         "on validation images: the best children are ranked again with more seeds, the best of those train a larger "
         "network with fresh seeds, and only that is measured on test images, against ReLU and Swish with the same "
@@ -84,8 +84,8 @@ class ActivationSearch(Study):
 
     @classmethod
     def quick(cls, **options: object) -> ActivationSearch:
-        small = {"candidates": 300, "child": Child((16,), 60), "rounds": 4, "writes": 16, "keep": 10, "seeds": 4}
-        final = {"finalists": 2, "large": Child((32, 32), 120), "final_seeds": 8, "margin": 1.0}
+        small = {"candidates": 150, "child": Child((24, 24), 80), "rounds": 3, "writes": 12, "keep": 6, "seeds": 4}
+        final = {"finalists": 2, "large": Child((32, 32, 32), 120), "final_seeds": 6, "margin": 1.0}
         return cls(**{**small, **final, **options})  # type: ignore[arg-type]
 
     def measure(self, journal: Journal) -> Data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,5 +74,5 @@ def _weights(widths: Sequence[int], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(fan_in, fan_out, generator=generator) / fan_in**0.5
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False)  # noqa: RUF007
+        for fan_in, fan_out in itertools.pairwise(widths)
     ]

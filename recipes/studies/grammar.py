@@ -28,7 +28,7 @@ _BINARY = [compile_formula(text) for text in BINARY]
 
 @dataclass(frozen=True)
 class Unit:
-    """b(u1(first), u2(second)): the first input is what the unit before gave, the second x (0) or any earlier output."""
+    """b(u1(v), u2(w)): v is what the unit before gave, w is x (source 0) or what any earlier unit gave."""
 
     first: int
     second: int
@@ -80,7 +80,7 @@ def _tokens(template: str) -> list[str]:
 
 
 class Grouped:
-    """The activations of T candidates at once: each function of the grammar runs once, on all candidates that use it."""
+    """The activations of T candidates at once: each function of the grammar runs once, on all that use it."""
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         lengths = {len(candidate) for candidate in candidates}

@@ -68,9 +68,14 @@ def dead(model: nn.Module, data: Images) -> dict[str, Any]:
 
 
 def prune(
-    build: Callable[[int], nn.Module], arms: Sequence[Arm], seeds: Sequence[int], data: Images, plan: Plan
+    build: Callable[[int], nn.Module],
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    data: Images,
+    plan: Plan,
+    look: Callable[[nn.Module, Images], dict[str, Any]] = dead,
 ) -> list[dict[str, Any]]:
-    """One row for each trained network: arm, seed, cycle, density, accuracy and dead-neuron rates.
+    """One row for each trained network: arm, seed, cycle, density, accuracy and what `look` sees in it.
 
     All arms remove the same number of weights at each cycle. The dense networks are the same in all arms and train once
     for each seed.
@@ -79,7 +84,7 @@ def prune(
     trained = [copy.deepcopy(model) for model in starts]
     stack = train(trained, seeds, data, plan)
     rows = [
-        {"arm": arm.name, "seed": seed, "cycle": 0, "density": 1.0, "accuracy": score, **dead(model, data)}
+        {"arm": arm.name, "seed": seed, "cycle": 0, "density": 1.0, "accuracy": score, **look(model, data)}
         for seed, model, score in zip(seeds, trained, accuracy(stack, *data.test), strict=True)
         for arm in arms
     ]
@@ -126,7 +131,7 @@ def prune(
                 "cycle": cycle,
                 "density": m.density,
                 "accuracy": score,
-                **dead(model, data),
+                **look(model, data),
             }
             for (arm, seed, _, model), m, score in zip(runs, masks, scores, strict=True)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -47,6 +48,11 @@ class Stack:
         def one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
             return torch.func.functional_call(self._template, (params, buffers), (x,))
 
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # one pooling layer has no batching rule
+            return self._vmapped(one, x, shared)
+
+    def _vmapped(self, one: Callable[..., Tensor], x: Tensor, shared: bool) -> Tensor:
         call = torch.vmap(one, in_dims=(0, 0, None if shared else 0), randomness="different")
         return call(self.params, self.buffers, x)
 
