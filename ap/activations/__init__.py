@@ -4,7 +4,7 @@ from ap.activations import functional
 from ap.activations.gated import GCU, Swish
 from ap.activations.parameters import param_groups
 from ap.activations.ranges import DeadRange, dead_range, gradient_dead_range, is_activation
-from ap.activations.rectifiers import HeLU, SquaredReLU, StarReLU
+from ap.activations.rectifiers import HeLU, PReLU, SquaredReLU, StarReLU
 from ap.activations.registry import create, names, register, unregister
 from ap.activations.smooth import RESCU, GSmeLU, SmeLU
 from ap.activations.swapping import Swapped, swap
@@ -15,6 +15,7 @@ __all__ = [
     "DeadRange",
     "GSmeLU",
     "HeLU",
+    "PReLU",
     "SmeLU",
     "SquaredReLU",
     "StarReLU",

@@ -11,7 +11,6 @@ from torch.nn.functional import (
     leaky_relu,
     logsigmoid,
     mish,
-    prelu,
     relu,
     relu6,
     rrelu,
@@ -27,7 +26,7 @@ from torch.nn.functional import (
 )
 
 from ap.activations.gated import gcu, swish
-from ap.activations.rectifiers import helu, relu_squared, star_relu
+from ap.activations.rectifiers import helu, prelu, relu_squared, star_relu
 from ap.activations.smooth import gsmelu, rescu, smelu
 
 __all__ = [

@@ -12,6 +12,40 @@ from ap.activations.parameters import along, value_of
 from ap.activations.ranges import SMOOTH_EPS, DeadRange, numeric, per_channel
 
 
+class _SwishFixed(torch.autograd.Function):
+    """For a fixed β: keeps x alone, as SiLU does, although it is scaled and clamped on the way."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, beta: float) -> Tensor:
+        return _fixed(x, beta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.beta = inputs[1]
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        z = _scaled(x, ctx.beta)
+        if not torch.is_grad_enabled():
+            return torch.ops.aten.silu_backward(grad, z), None
+        s = torch.sigmoid(z)  # the fused kernel has no derivative of its own
+        return grad * (s + z * s * (1 - s)), None
+
+
+def _scaled(x: Tensor, beta: float) -> Tensor:
+    # −∞ · 0 must not appear: at the lowest finite number the sigmoid is exactly 0.
+    return (x if beta == 1 else x * beta).clamp(min=torch.finfo(x.dtype).min)
+
+
+def _fixed(x: Tensor, beta: float) -> Tensor:
+    z = F.silu(_scaled(x, beta))
+    return z if beta == 1 else z / beta
+
+
 class _Swish(torch.autograd.Function):
     """For a learnable β: keeps x alone and computes the sigmoid again."""
 
@@ -63,15 +97,14 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         >>> swish(torch.tensor([0.0, 1.0]), 0.0)
         tensor([0.0000, 0.5000])
     """
-    lowest = torch.finfo(x.dtype).min
     if not isinstance(beta, Tensor):
         if beta == 0:
             return x / 2
-        if beta == 1:
-            return F.silu(x.clamp(min=lowest))
-        # −∞ · 0 must not appear: at the lowest finite number the sigmoid is exactly 0.
-        return F.silu((x * beta).clamp(min=lowest)) / beta
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+            return _fixed(x, beta)
+        return _SwishFixed.apply(x, float(beta))  # type: ignore[no-any-return]
     beta = beta.to(x.dtype)
+    lowest = torch.finfo(x.dtype).min
     x = x.clamp(min=lowest, max=-lowest)
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(beta * x)

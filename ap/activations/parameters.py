@@ -21,7 +21,7 @@ class Positive(nn.Module):
         name: for the error message.
 
     Example:
-        >>> round(float(Positive(0.5, 1, "beta")()), 4)
+        >>> round(Positive(0.5, 1, "beta")().item(), 4)
         0.5
     """
 

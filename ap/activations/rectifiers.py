@@ -50,7 +50,8 @@ def helu(x: Tensor, alpha: float = 0.05) -> Tensor:
     """
     if not alpha >= 0:
         raise ValueError(f"alpha must be 0 or more, not {alpha}")
-    if not (torch.is_grad_enabled() and x.requires_grad) or _exporting():
+    # Not asked: x.requires_grad, which is False inside vmap even where the gradient is taken outside of it.
+    if not torch.is_grad_enabled() or _exporting():
         return F.relu(x)
     return _HeLU.apply(x, float(alpha))[0]  # type: ignore[no-any-return]
 
@@ -79,6 +80,33 @@ def star_relu(x: Tensor, scale: float | Tensor = STAR_SCALE, bias: float | Tenso
     """
     scale, bias = (p.to(x.dtype) if isinstance(p, Tensor) else p for p in (scale, bias))
     return scale * relu_squared(x) + bias
+
+
+def prelu(x: Tensor, weight: float | Tensor = 0.25) -> Tensor:
+    """max(0, x) + a·min(0, x) (He et al. 2015), in the dtype of x: torch's own refuses a mix of dtypes.
+
+    Args:
+        x: any shape; channels on axis 1 where there is a slope a channel.
+        weight: a number, or a tensor with 1 slope or one a channel.
+
+    >>> prelu(torch.tensor([-2.0, 3.0], dtype=torch.float16), torch.tensor([0.5]))
+    tensor([-1.,  3.], dtype=torch.float16)
+    """
+    if not isinstance(weight, Tensor):
+        return F.leaky_relu(x, weight)
+    return F.prelu(x, weight.to(x.dtype))
+
+
+class PReLU(nn.PReLU):
+    """torch.nn's PReLU, which also takes inputs of another dtype than its slopes; the result has the input's.
+
+    >>> PReLU()(torch.tensor([-2.0], dtype=torch.bfloat16)).dtype
+    torch.bfloat16
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Element by element."""
+        return prelu(input, self.weight)
 
 
 class HeLU(nn.Module):

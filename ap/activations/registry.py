@@ -12,13 +12,14 @@ from torch import nn
 from ap.activations import ranges
 from ap.activations.gated import GCU, Swish
 from ap.activations.ranges import DeadRange
-from ap.activations.rectifiers import HeLU, SquaredReLU, StarReLU
+from ap.activations.rectifiers import HeLU, PReLU, SquaredReLU, StarReLU
 from ap.activations.smooth import RESCU, GSmeLU, SmeLU
 
 Constructor = Callable[..., nn.Module]
 
 _ACTIVATIONS: dict[str, Constructor] = {spec.name: kind for kind, spec in ranges.MODULES.items()} | {
     "threshold": lambda threshold=0.0, value=0.0: nn.Threshold(threshold, value),  # so that it needs no arguments
+    "prelu": PReLU,
     "smelu": SmeLU,
     "gsmelu": GSmeLU,
     "rescu": RESCU,
