@@ -327,6 +327,8 @@ class Training:
                 if not on_cpu and (self.step % CHECK_EVERY == 0 or self.step == end) and int(self._bad_step) >= 0:
                     raise self._diverged(int(self._bad_step), x, rate)
                 after_step(self.step)
+                if self.step == end and not _all_finite(self.model):  # no later loss would show the last step's damage
+                    raise self._diverged(self.step - 1, x, rate, "the model")
         finally:
             self.seconds += time.perf_counter() - began
         self.last_loss = float(self._loss_sum) / max(1, self._loss_steps)
@@ -341,9 +343,9 @@ class Training:
             first = ~torch.isfinite(loss) & (self._bad_step < 0)
             self._bad_step.masked_fill_(first, self.step)
 
-    def _diverged(self, step: int, x: Tensor, rate: float) -> Diverged:
+    def _diverged(self, step: int, x: Tensor, rate: float, what: str = "the loss") -> Diverged:
         return Diverged(
-            f"the loss is not finite at step {step} (epoch {step // self.engine.steps_per_epoch}), learning rate "
+            f"{what} is not finite at step {step} (epoch {step // self.engine.steps_per_epoch}), learning rate "
             f"{rate:g}: {_first_bad_layer(self.model, x)}. Lower --lr, or lengthen --warmup"
         )
 
@@ -386,11 +388,21 @@ def _decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
+def _all_finite(model: nn.Module) -> bool:
+    """Whether all parameters and buffers are; read back from the device once."""
+    tensors = [t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()]
+    return not tensors or bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+
+
+@torch.no_grad()
 def _first_bad_layer(model: nn.Module, x: Tensor) -> str:
     """Says which layer first gives a number that is not finite; the loss alone overflowed if none does."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"the weights of {name} are not finite"
+    for name, buffer in model.named_buffers():
+        if not bool(torch.isfinite(buffer).all()):
+            return f"the buffer {name} is not finite"
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:

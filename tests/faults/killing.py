@@ -81,10 +81,11 @@ def arm(moment):
 def whole(out):
     """One run from where it stands to its end, and its report."""
     experiment.SAVE_EVERY_S = 0.0  # a checkpoint after every epoch
-    experiment.prepare(CONFIG, out)
-    if not experiment.is_done(out, JOB):
-        experiment.run(CONFIG, out / JOB.name, JOB, experiment.say_nothing, lambda: False)
-    report.of_folder(out).save(out)
+    with storage.locked(out):  # as the command line does
+        experiment.prepare(CONFIG, out)
+        if not experiment.is_done(out, JOB):
+            experiment.run(CONFIG, out / JOB.name, JOB, experiment.say_nothing, lambda: False)
+        report.of_folder(out).save(out)
 
 
 def fork(out, moment=None):
