@@ -120,6 +120,7 @@ class Report:
         if differences[0].n < 2:
             low, high = (100 * f(d.difference for d in differences) for f in (min, max))
             return f"differences from {low:+.2f} to {high:+.2f} points with a single seed, which shows nothing."
+        tested = [d for d in differences if d.p is not None]
         shown = [
             c for c in cells if c["accuracy_difference"].p_holm is not None and c["accuracy_difference"].p_holm < 0.05
         ]
@@ -136,7 +137,7 @@ class Report:
             texts.append("no difference in accuracy shown at any density")
         if equal:
             texts.append(f"equivalent within ±{100 * MARGIN:g} points at {len(equal)} of {len(cells)}")
-        seen = [100 * d.detectable for d in differences if d.detectable is not None]
+        seen = [100 * d.detectable for d in tested if d.detectable is not None] or [0.0]
         texts.append(
             f"with {differences[0].n} seeds a difference below {median(seen):.2f} points (the median over densities; "
             f"{max(seen):.2f} at worst) can be missed"

@@ -74,9 +74,12 @@ def paired(arm: Sequence[float], baseline: Sequence[float], margin: float) -> Pa
         return Paired(n, difference, None, None, None, None, None)
     error = float(d.std(ddof=1)) / math.sqrt(n)
     half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * error
-    if error == 0:  # identical pairs, or a constant shift: nothing is left to chance
-        p = 1.0 if difference == 0 else 0.0
-        return Paired(n, difference, 0.0, p, None, abs(difference) < margin, 0.0)
+    if error == 0 and difference == 0:  # the arms are the same
+        return Paired(n, 0.0, 0.0, 1.0, None, True, 0.0)
+    if error < 1e-12:
+        # The same difference in every pair: accuracies come in steps of one image, so that a few seeds may agree by
+        # chance. Their spread says nothing then, and no test is made.
+        return Paired(n, difference, None, None, None, None, None)
     p = float(2 * stats.t.sf(abs(difference) / error, n - 1))
     worse = max(stats.t.sf((difference + margin) / error, n - 1), stats.t.cdf((difference - margin) / error, n - 1))
     return Paired(n, difference, half, p, None, bool(worse < LEVEL), detectable(n) * error * math.sqrt(n))

@@ -39,7 +39,7 @@ def test_identical_pairs_are_identical():
     found = paired([0.5, 0.6], [0.5, 0.6], margin=0.01)
     assert (found.difference, found.half_width, found.p, found.equivalent) == (0, 0, 1, True)
     shifted = paired([0.75, 0.5], [0.5, 0.25], margin=0.01)
-    assert (shifted.p, shifted.equivalent) == (0, False)
+    assert (shifted.difference, shifted.p, shifted.half_width, shifted.equivalent) == (0.25, None, None, None)
     assert paired([1.0], [0.5], margin=0.1).half_width is None
 
 
