@@ -13,7 +13,7 @@ from ap.activations.ranges import SMOOTH_EPS, DeadRange, numeric, per_channel
 
 
 class _SwishFixed(torch.autograd.Function):
-    """For a fixed β: keeps x alone, as SiLU does, although it is scaled and clamped on the way."""
+    """For a number β: keeps x alone, like SiLU, whose kernels it uses: silu(βx)/β has the slope of SiLU at βx."""
 
     generate_vmap_rule = True
 
@@ -29,21 +29,23 @@ class _SwishFixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        z = _scaled(x, ctx.beta)
+        z = _finite(x if ctx.beta == 1 else x * ctx.beta)
         if not torch.is_grad_enabled():
             return torch.ops.aten.silu_backward(grad, z), None
         s = torch.sigmoid(z)  # the fused kernel has no derivative of its own
         return grad * (s + z * s * (1 - s)), None
 
 
-def _scaled(x: Tensor, beta: float) -> Tensor:
-    # −∞ · 0 must not appear: at the lowest finite number the sigmoid is exactly 0.
-    return (x if beta == 1 else x * beta).clamp(min=torch.finfo(x.dtype).min)
-
-
 def _fixed(x: Tensor, beta: float) -> Tensor:
-    z = F.silu(_scaled(x, beta))
-    return z if beta == 1 else z / beta
+    if beta == 1:
+        return F.silu(x.clamp(min=torch.finfo(x.dtype).min))
+    return F.silu((x * beta).clamp(min=torch.finfo(x.dtype).min)) / beta
+
+
+def _finite(x: Tensor) -> Tensor:
+    """−∞ · 0 must not appear in x·σ: at the lowest finite number the sigmoid is exactly 0, and so is the product."""
+    limit = torch.finfo(x.dtype).max
+    return x.clamp(-limit, limit)
 
 
 class _Swish(torch.autograd.Function):
@@ -53,7 +55,7 @@ class _Swish(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, beta: Tensor) -> Tensor:
-        return x * torch.sigmoid(beta * x)
+        return _swish(x, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -62,9 +64,16 @@ class _Swish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, beta = ctx.saved_tensors
+        x = _finite(x)
         s = torch.sigmoid(beta * x)
         slope = x * s * (1 - s)
         return grad * (s + beta * slope), (grad * x * slope).sum_to_size(beta.shape)
+
+
+def _swish(x: Tensor, beta: Tensor) -> Tensor:
+    finite = _finite(x)
+    # Back to +∞ where x is: only the side on which the sigmoid is 0 needed the finite number.
+    return torch.where(x == torch.inf, x, finite) * torch.sigmoid(beta * finite)
 
 
 class _GCU(torch.autograd.Function):
@@ -97,18 +106,14 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         >>> swish(torch.tensor([0.0, 1.0]), 0.0)
         tensor([0.0000, 0.5000])
     """
-    if not isinstance(beta, Tensor):
-        if beta == 0:
-            return x / 2
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-            return _fixed(x, beta)
-        return _SwishFixed.apply(x, float(beta))  # type: ignore[no-any-return]
-    beta = beta.to(x.dtype)
-    lowest = torch.finfo(x.dtype).min
-    x = x.clamp(min=lowest, max=-lowest)
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(beta * x)
-    return _Swish.apply(x, beta)  # type: ignore[no-any-return]
+    if isinstance(beta, Tensor):
+        beta = beta.to(x.dtype)
+        return _swish(x, beta) if torch.compiler.is_compiling() else _Swish.apply(x, beta)  # type: ignore[no-any-return]
+    if beta == 0:
+        return x / 2
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return _fixed(x, beta)
+    return _SwishFixed.apply(x, float(beta))  # type: ignore[no-any-return]
 
 
 def gcu(x: Tensor) -> Tensor:

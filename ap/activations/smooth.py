@@ -61,8 +61,13 @@ class _Slope(torch.autograd.Function):
         return torch.where((t > 0) & (t < 1), grad / (2 * ctx.beta * t), torch.zeros_like(grad)), None
 
 
+def _between(x: Tensor, low: Number, high: Number) -> Tensor:
+    """x clamped; the slope is 1 at the ends themselves, which torch.clamp leaves to its version."""
+    return torch.where(x > high, high, torch.where(x < low, low, x))  # both select only, so no NaN can appear
+
+
 def _smelu(x: Tensor, beta: Number) -> Tensor:
-    t = ((x + beta) / (2 * beta)).clamp(0, 1)
+    t = (_between(x, -beta, beta) + beta) / (2 * beta)
     return beta * t * t + F.relu(x - beta)
 
 
@@ -124,14 +129,18 @@ def rescu(
     area = integral if integral is not None else _smoothstep_integral
     width = alpha + beta
     width = width.clamp(min=FLOOR) if isinstance(width, Tensor) else max(width, FLOOR)
-    tau = ((x + alpha) / width).clamp(0, 1)
-    rise = (g_plus - g_minus) * (width * area(tau) + F.relu(x - beta))
-    if not isinstance(g_minus, Tensor):
-        return rise + t if g_minus == 0 else rise + g_minus * (x + alpha) + t
-    # A learnable slope may be exactly 0, and 0 · ∞ must not appear: at −∞ the limit is put in.
-    lowest = torch.finfo(x.dtype).min
-    value = rise + g_minus * (x.clamp(min=lowest) + alpha) + t
-    return torch.where((x == -math.inf) & (g_minus != 0), -torch.sign(g_minus) * math.inf, value)
+    tau = (_between(x, -alpha, beta) + alpha) / width
+    between = (g_plus - g_minus) * width * area(tau) + g_minus * width * tau
+    return between + _times(g_minus, -F.relu(-alpha - x)) + _times(g_plus, F.relu(x - beta)) + t
+
+
+def _times(slope: Number, part: Tensor) -> Tensor:
+    """slope · part, where 0 · ∞ is 0 and no gradient is NaN."""
+    if not isinstance(slope, Tensor):
+        return slope * part if slope else torch.zeros_like(part)
+    limit = torch.finfo(part.dtype).max
+    infinite = part.isinf() & (slope != 0)
+    return torch.where(infinite, slope.detach().sign() * part, slope * part.clamp(-limit, limit))
 
 
 def _smoothstep(tau: Tensor) -> Tensor:
