@@ -68,7 +68,9 @@ def test_running_statistics_that_are_no_numbers_are_noticed():
 
 def test_a_learning_rate_that_is_too_high_names_the_layer():
     run = training(Net(), Experiment(data="digits", epochs=2, batch_size=100, device="cpu", lr=1e30))
-    with pytest.raises(Diverged, match=r"not finite at step \d+ .*learning rate 1e\+30: .*(weights of|buffer|layer)") as error:
+    with pytest.raises(
+        Diverged, match=r"not finite at step \d+ .*learning rate 1e\+30: .*(weights of|buffer|layer)"
+    ) as error:
         run.run_epoch(lambda step: None)
     assert "Lower --lr" in str(error.value)
 
