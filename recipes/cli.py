@@ -146,7 +146,9 @@ class Resume:
 
 def _resume(arguments: list[str]) -> int:
     options = tyro.cli(Resume, args=arguments, prog="python -m recipes resume")
-    return _execute(experiment.load(options.out), options.out, options.workers, options.quiet)
+    config = experiment.load(options.out)
+    experiment.refuse_code_inside(options.out, config)
+    return _execute(config, options.out, options.workers, options.quiet)
 
 
 def _execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -97,6 +98,20 @@ def load(out: Path) -> Experiment:
         return Experiment.from_dict(dict(saved["experiment"]))
     except (LookupError, TypeError, AttributeError) as error:
         raise FolderError(f"{out / 'experiment.json'} is damaged: {type(error).__name__} {error}") from None
+
+
+def refuse_code_inside(out: Path, config: Experiment) -> None:
+    """FolderError where a saved experiment's model would be imported from its own folder, which may be a stranger's."""
+    if ":" not in config.model:
+        return
+    package = config.model.partition(":")[0].partition(".")[0]
+    spec = importlib.util.find_spec(package)  # of a package's first name: nothing is imported for it
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    if any(place is not None and Path(place).resolve().is_relative_to(out.resolve()) for place in places):
+        raise FolderError(
+            f"the model {config.model} is code in the experiment's own folder {out}, which is not run: "
+            "if you trust it, move it elsewhere and put that on PYTHONPATH"
+        )
 
 
 def rows(out: Path, config: Experiment) -> dict[Job, list[dict[str, Any]]]:

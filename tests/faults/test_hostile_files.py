@@ -180,3 +180,41 @@ def test_a_forged_download_is_not_unpacked(tmp_path, monkeypatch):
             load("cifar10", root=tmp_path / "a" / "b", download=True)
         server.shutdown()
     assert not list(tmp_path.rglob("outside"))
+
+
+def test_an_experiment_does_not_bring_its_own_code(tmp_path, monkeypatch, capsys):
+    """A stranger's folder holds a model's code, and its settings name it; the user resumes it from inside."""
+    from recipes import experiment
+    from recipes.cli import main
+    from recipes.config import Experiment
+
+    (tmp_path / "brought_along.py").write_text("open('it-ran', 'w')\ndef net(num_classes=10): ...\n")
+    config = Experiment(model="brought_along:net", seeds=1, device="cpu")
+    experiment.write_json(tmp_path / "experiment.json", {"schema": 1, "experiment": config.to_dict()})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for out in (".", str(tmp_path)):
+        assert main(["resume", out, "--quiet"]) == 2
+        assert "code in the experiment's own folder" in capsys.readouterr().err
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("arm", ["../../x", "none/../../x", "lite:../x", "", "..", "none:x"])
+def test_arms_are_no_paths(tmp_path, arm):
+    from recipes import experiment
+    from recipes.config import Experiment
+
+    saved = Experiment().to_dict() | {"ap": [arm]}
+    experiment.write_json(tmp_path / "experiment.json", {"schema": 1, "experiment": saved})
+    with pytest.raises(ValueError, match=r"unknown|criterion"):
+        experiment.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"seeds": 10**12}, {"cycles": 10**9}, {"image_size": 10**6}, {"first_seed": 2**70}, {"threads": 10**6}]
+)
+def test_absurd_numbers_are_refused_before_memory_is_taken(setting, memory):
+    from recipes.config import Experiment
+
+    with pytest.raises(ValueError, match="or less, not"):
+        Experiment(**setting)
