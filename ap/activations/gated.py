@@ -38,8 +38,8 @@ class _SwishFixed(torch.autograd.Function):
 
 def _fixed(x: Tensor, beta: float) -> Tensor:
     if beta == 1:
-        return F.silu(x.clamp(min=torch.finfo(x.dtype).min))
-    return F.silu((x * beta).clamp(min=torch.finfo(x.dtype).min)) / beta
+        return F.silu(x.clamp(min=torch.finfo(x.dtype).min), inplace=True)
+    return F.silu((x * beta).clamp_(min=torch.finfo(x.dtype).min), inplace=True).div_(beta)
 
 
 def _finite(x: Tensor) -> Tensor:

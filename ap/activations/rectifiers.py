@@ -21,7 +21,7 @@ class _HeLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        return F.relu(x), x > -alpha
+        return F.relu(x), (x > -alpha).view(torch.uint8)  # many times faster to multiply by than bool
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:

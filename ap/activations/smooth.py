@@ -28,7 +28,9 @@ class _SmeLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, beta: float) -> Tensor:
-        return _smelu(x, beta)
+        # `_smelu`, in two buffers: without a graph nothing else is needed.
+        t = x.add(beta).div_(2 * beta).clamp_(0, 1)
+        return x.sub(beta).relu_().addcmul_(t, t, value=beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
@@ -38,7 +40,7 @@ class _SmeLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (y,) = ctx.saved_tensors
-        return grad * _Slope.apply(y, ctx.beta), None
+        return grad * (_Slope.apply(y, ctx.beta) if torch.is_grad_enabled() else _slope(y, ctx.beta)), None
 
 
 class _Slope(torch.autograd.Function):
@@ -48,7 +50,7 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, beta: float) -> Tensor:
-        return (y / beta).clamp(max=1).sqrt()
+        return _slope(y, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
@@ -59,6 +61,12 @@ class _Slope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (t,) = ctx.saved_tensors
         return torch.where((t > 0) & (t < 1), grad / (2 * ctx.beta * t), torch.zeros_like(grad)), None
+
+
+def _slope(y: Tensor, beta: float) -> Tensor:
+    # √s as s·rsqrt(s): the root itself takes many times as long on a CPU where it meets a 0.
+    s = y.div(beta).clamp_(max=1)
+    return s.clamp(min=torch.finfo(s.dtype).tiny).rsqrt_().mul_(s)
 
 
 def _between(x: Tensor, low: Number, high: Number) -> Tensor:
