@@ -32,7 +32,7 @@ class Activations(Study):
         "CIFAR-10 after 20 epochs, Hardswish 88.77, ReLU6 88.70, Sigmoid 33.90)."
     )
     setting: ClassVar[str] = (
-        "A narrow ResNet-20 with BatchNorm for each activation at its default parameters, with the same seeds, batches, "
+        "A narrow ResNet-20 with BatchNorm for each activation at its default parameters, with the same seeds, data, "
         "steps and learning rate; then magnitude pruning with rewinding to a low density, without AP and with it at "
         "equal density. Seeds and arms of an activation train as one stack. Differences are paired by seed; no "
         "correction is made for the number of activations, so the best of many is flattered."

@@ -1,4 +1,4 @@
-"""Bounds, special points, Lipschitz and smoothness constants of activations, from their formulas in double precision."""
+"""Bounds, special points, Lipschitz and smoothness constants of activations, from their formulas."""
 
 from __future__ import annotations
 
@@ -129,14 +129,14 @@ def analyse(function: Pieces, step: float = 1e-3) -> Analysis:
         assert best is not None
         return Extremum(best.value, best.at, bound)
 
-    low, high = extreme(1, -1), extreme(1, 1)
+    least, most = extreme(1, -1), extreme(1, 1)
     jumps = any(abs(float(a[1][1][-1] - b[1][1][0])) > 1e-9 for a, b in itertools.pairwise(parts))
     curve = max((extreme(2, 1), extreme(2, -1)), key=lambda e: abs(e.value))
     return Analysis(
         minimum=extreme(0, -1),
-        slope_low=low,
-        slope_high=high,
-        lipschitz=math.inf if function.unbounded_slope else max(abs(low.value), abs(high.value)),
+        slope_low=least,
+        slope_high=most,
+        lipschitz=math.inf if function.unbounded_slope else max(abs(least.value), abs(most.value)),
         curvature=None if jumps else curve,
         stationary=tuple(sorted(set(stationary))),
         inflection=tuple(sorted(set(inflection))),

@@ -43,14 +43,14 @@ class Dnr(Study):
 
     title: ClassVar[str] = "Dead neurons, pruning and AP"
     claim: ClassVar[str] = (
-        "The dynamic dead-neuron rate falls as more weights are pruned; removing the negative weights that moved least "
-        "lowers it further at equal density (Liu, Ghosh & Motani 2023)."
+        "The dynamic dead-neuron rate falls as more weights are pruned; removing the negative weights that moved "
+        "least lowers it further at equal density (Liu, Ghosh & Motani 2023)."
     )
     setting: ClassVar[str] = (
-        "A network with two hidden layers, with and without BatchNorm; magnitude pruning with rewinding to the initial "
-        "weights; every arm removes the same number of weights at each cycle, and AP and its controls choose the same "
-        "share of them. Dead neurons are counted in evaluation mode on the same 500 test images. Arms and seeds of a "
-        "network train as one stack with the same initial weights and batches."
+        "A network with two hidden layers, with and without BatchNorm; magnitude pruning with rewinding to the "
+        "initial weights; every arm removes the same number of weights at each cycle, and AP and its controls choose "
+        "the same share of them. Dead neurons are counted in evaluation mode on the same 500 test images. Arms and "
+        "seeds of a network train as one stack with the same initial weights and batches."
     )
 
     data: str = "fashion-mnist"

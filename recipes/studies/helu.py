@@ -33,9 +33,9 @@ class Helu(Study):
     )
     setting: ClassVar[str] = (
         "A network with two hidden layers and no normalisation, trained at a learning rate at which ReLU units die; "
-        "magnitude pruning with rewinding, with and without AP at equal density. A unit is dead (static) when it is 0 "
-        "for all of 500 test images, and gradient-dead when it gets no gradient from any. Time: evaluation passes of "
-        "the same network on a CPU, interleaved rounds, medians and the quartiles of the ratio to ReLU."
+        "magnitude pruning with rewinding, with and without AP at equal density. A unit is dead (static) when it is 0"
+        " for all of 500 test images, and gradient-dead when it gets no gradient from any. Time: evaluation passes of"
+        " the same network on a CPU, interleaved rounds, medians and the quartiles of the ratio to ReLU."
     )
 
     data: str = "fashion-mnist"

@@ -60,14 +60,15 @@ class Init(Study):
 
     title: ClassVar[str] = "Initialisation for any activation"
     claim: ClassVar[str] = (
-        "Weights of variance gain² / fan keep the signal's variance through any depth, where 1 / fan halves it at every "
-        "ReLU; a 30-layer rectifier network trains with the former and stalls with the latter (He et al. 2015)."
+        "Weights of variance gain² / fan keep the signal's variance through any depth, where 1 / fan halves it at "
+        "each ReLU; a 30-layer rectifier network trains with the former and stalls with the latter (He et al. 2015)."
     )
     setting: ClassVar[str] = (
-        "Random fully connected networks without biases on normal inputs: the mean square of the pre-activations, over "
-        "several draws. The gain is 1/√E[f(z)²] by quadrature; the exponent d log q′ / d log q says whether a deviation "
-        "from variance 1 shrinks (below 1) or grows (above) from layer to layer. Then a ReLU network is trained with "
-        "plain gradient descent with momentum; all rules and seeds as one stack, with the same draws and batches."
+        "Random fully connected networks without biases on normal inputs: the mean square of the pre-activations, "
+        "over several draws. The gain is 1/√E[f(z)²] by quadrature; the exponent d log q′ / d log q says if a "
+        "deviation from variance 1 shrinks (below 1) or grows (above) from layer to layer. Then a ReLU network is "
+        "trained with plain gradient descent with momentum; all rules and seeds as one stack, with the same draws and"
+        " batches."
     )
 
     names: tuple[str, ...] = (

@@ -28,8 +28,8 @@ class SwishDepth(Study):
     claim: ClassVar[str] = "The deeper the network, the more Swish gains over ReLU (Ramachandran, Zoph & Le 2017)."
     setting: ClassVar[str] = (
         "Fully connected networks of constant width, without normalisation or shortcuts, initialised with each "
-        "activation's own gain; gradient descent with momentum, warm-up and cosine. Every activation and depth has its "
-        "learning rate chosen on validation images from the same list; all rates and seeds train as one stack. "
+        "activation's own gain; gradient descent with momentum, warm-up and cosine. Every activation and depth has "
+        "its learning rate chosen on validation images from the same list; all rates and seeds train as one stack. "
         "Differences to ReLU are paired by seed."
     )
 
