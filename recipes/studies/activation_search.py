@@ -79,6 +79,8 @@ class ActivationSearch(Study):
     """The larger network."""
     final_seeds: int = 20
     """Seeds of the larger network."""
+    device: str = "cpu"
+    """Where the networks train: cpu, or cuda."""
     margin: float = 0.5
     """Percentage points within which an accuracy counts as no worse."""
 
@@ -121,7 +123,7 @@ class ActivationSearch(Study):
         }
 
     def _images(self) -> images.Images:
-        return images.load(self.data, self.train, val=self.val)
+        return images.load(self.data, self.train, val=self.val).to(self.device)
 
     def _children(self, candidates: Sequence[Candidate], seeds: Sequence[int], child: Child) -> list[float | None]:
         data = self._images()

@@ -34,8 +34,8 @@ def train(
 ) -> list[float | None]:
     """The accuracy in percent on `held_out` of one network for each candidate, None where it is no longer finite.
 
-    Inputs are [N, features]. Networks of the same seed start from the same weights and see the same batches, so that
-    the activation is all that differs. The learning rate falls linearly to zero.
+    Inputs are [N, features], and the networks train on their device. Networks of the same seed start from the same
+    weights and see the same batches, so that the activation is all that differs. The learning rate falls linearly to 0.
     """
     x, y = data
     widths = [x.shape[1], *child.hidden, classes]
@@ -47,8 +47,7 @@ def train(
     group = Grouped(candidates)
     for layer in range(len(child.hidden)):
         params[f"b{layer}"] = torch.ones(len(seeds), 3 * group.units)
-    for parameter in params.values():
-        parameter.requires_grad_()
+    params = {name: parameter.to(x.device).requires_grad_() for name, parameter in params.items()}
 
     def forward(inputs: Tensor) -> Tensor:
         h = inputs  # [T, B, features]
@@ -61,7 +60,7 @@ def train(
     optimizer = Adam(params, child.rate)
     source = orders(len(y), seeds, child.batch)
     for step in range(child.steps):
-        index = next(source)
+        index = next(source).to(x.device)
         optimizer.step(cross_entropy(forward(x[index]), y[index]).sum(), 1 - step / child.steps)
     with torch.no_grad():
         scores = forward(held_out[0].expand(len(seeds), -1, -1))

@@ -124,6 +124,9 @@ class _Groups:
         self._back = torch.cat([rows for _, rows in self._rows]).argsort()
 
     def run(self, function: Callable[[int, Tensor], Tensor], like: Tensor) -> Tensor:
+        if self._rows[0][1].device != like.device:
+            self._rows = [(k, rows.to(like.device)) for k, rows in self._rows]
+            self._back = self._back.to(like.device)
         parts = [function(k, rows).expand(len(rows), *like.shape[1:]) for k, rows in self._rows]
         return torch.cat(parts)[self._back]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,6 +19,11 @@ class Images:
     num_classes: int
     in_channels: int
     image_size: int
+
+    def to(self, device: str) -> Images:
+        """The same on another device."""
+        train, val, test = ((x.to(device), y.to(device)) for x, y in (self.train, self.val, self.test))
+        return replace(self, train=train, val=val, test=test)
 
 
 def load(name: str, train: int | None = None, test: int | None = None, val: int | None = None) -> Images:
