@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap.activations import is_activation
+from ap.activations import param_groups
 from recipes.config import Experiment, Span
 from recipes.data import ImageData, ImageSet
 
@@ -214,7 +214,7 @@ class Engine:
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer, fused, without decay on activations' own parameters."""
         config = self.config
-        groups = _decay_groups(model, config.weight_decay)
+        groups = param_groups(model, config.weight_decay)
         if config.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
@@ -375,16 +375,6 @@ class Training:
         torch.set_rng_state(state["rng"])
         if "rng_cuda" in state:
             torch.cuda.set_rng_state(state["rng_cuda"], self.engine.device)
-
-
-def _decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Parameters with weight decay, and those of activations (slopes, widths), for which 0 has no special meaning."""
-    own = {id(p) for module in model.modules() if is_activation(module) for p in module.parameters()}
-    decayed = [p for p in model.parameters() if id(p) not in own]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": decay}]
-    if own:
-        groups.append({"params": [p for p in model.parameters() if id(p) in own], "weight_decay": 0.0})
-    return groups
 
 
 @torch.no_grad()
