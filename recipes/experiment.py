@@ -309,7 +309,7 @@ def _work(config: Experiment, out: Path, job: Job) -> str:
 
 def run(config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
     """One run, from where it stands to its end."""
-    with locked(folder):
+    with locked(folder, patience_s=30):  # the experiment's folder is ours: a worker of a killed parent is just ending
         if not (folder / "config.json").exists():
             whole = {"schema": SCHEMA, "arm": str(job.arm), "seed": job.seed, "experiment": config.to_dict()}
             write_json(folder / "config.json", whole)
