@@ -67,8 +67,8 @@ class Init(Study):
         "Random fully connected networks without biases on normal inputs: the mean square of the pre-activations, "
         "over several draws. The gain is 1/√E[f(z)²] by quadrature; the exponent d log q′ / d log q says if a "
         "deviation from variance 1 shrinks (below 1) or grows (above) from layer to layer. Then a ReLU network is "
-        "trained with plain gradient descent with momentum; all rules and seeds as one stack, with the same draws and"
-        " batches."
+        "trained with momentum, clipped gradients and a rate that falls to zero; all rules and seeds as one stack, "
+        "with the same draws and batches."
     )
 
     names: tuple[str, ...] = (
@@ -112,8 +112,9 @@ class Init(Study):
         inputs = data.in_channels * data.image_size**2
         seeds = [self.seed + i for i in range(self.seeds)]
         stack = Stack([deep_network(self.depth, 64, inputs, data.num_classes, r, s) for r in RULES for s in seeds])
-        optimizer = SGD(stack.params, 0.01, 0.9)
-        last = fit(stack, optimizer, *data.train, seeds * len(RULES), steps=self.steps, batch=64).tolist()
+        optimizer = SGD(stack.params, 0.1, 0.9, clip=0.5)
+        every = seeds * len(RULES)
+        last = fit(stack, optimizer, *data.train, every, steps=self.steps, batch=64, schedule=_falling).tolist()
         right = accuracy(stack, *data.test)
         n = len(seeds)
         return {
@@ -175,8 +176,13 @@ class Init(Study):
     def plot(cls, data: Data, figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, key, title in ((left, "right", "variance gain² / fan"), (right, "one", "variance 1 / fan")):
-            for name, row in data["signal"].items():
-                axes.plot(range(1, len(row[key]) + 1), row[key], label=name)
+            for i, (name, row) in enumerate(data["signal"].items()):
+                style = "-" if i < 10 else "--"  # the colours repeat after ten
+                axes.plot(range(1, len(row[key]) + 1), row[key], style, label=name)
             axes.set(title=title, xlabel="layer", yscale="log")
         left.set_ylabel("variance of the pre-activations")
         left.legend(fontsize="x-small", ncols=2)
+
+
+def _falling(done: float) -> float:
+    return 1 - done

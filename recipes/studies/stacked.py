@@ -76,10 +76,18 @@ class Optimizer:
     """An elementwise optimizer over stacked parameters [T, ...], with a learning rate for each trial.
 
     Parameters that hold one number or one vector a model (biases, norms, slopes of activations) get no weight decay.
+    With `clip`, the gradient of each trial has at most that norm.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], lr: float | Tensor, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        lr: float | Tensor,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
+    ) -> None:
         self.params = list(params.values())
+        self.clip = clip
         trials = self.params[0].shape[0]
         rates = torch.as_tensor(lr, dtype=torch.float64).expand(trials)
         self._rates = [rates.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.params]
@@ -88,13 +96,22 @@ class Optimizer:
     @torch.no_grad()
     def step(self, loss: Tensor, scale: float = 1.0) -> None:
         """One step down the gradient of `loss` (a sum over trials), with `scale` times the learning rate."""
-        gradients = torch.autograd.grad(loss, self.params, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, self.params, allow_unused=True)
+        if self.clip is not None:
+            gradients = self._clipped([g for g in gradients if g is not None], gradients)
         for i, (p, g) in enumerate(zip(self.params, gradients, strict=True)):
             if g is None:
                 continue
             if self._decay[i]:
                 g = g.add(p, alpha=self._decay[i])
             p.sub_(self._direction(i, g).mul_(self._rates[i] * scale))
+
+    def _clipped(self, present: list[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Every trial's gradient, of norm `clip` at most."""
+        assert self.clip is not None
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in present]).sum(0).sqrt()  # [T]
+        factor = (self.clip / norm.clamp(min=1e-12)).clamp(max=1)
+        return tuple(None if g is None else g * factor.view(-1, *(1,) * (g.dim() - 1)) for g in gradients)
 
     def _direction(self, i: int, gradient: Tensor) -> Tensor:
         raise TypeError("use SGD or Adam")
@@ -104,9 +121,14 @@ class SGD(Optimizer):
     """Gradient descent with momentum."""
 
     def __init__(
-        self, params: Mapping[str, Tensor], lr: float | Tensor, momentum: float = 0.0, weight_decay: float = 0.0
+        self,
+        params: Mapping[str, Tensor],
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip: float | None = None,
     ) -> None:
-        super().__init__(params, lr, weight_decay)
+        super().__init__(params, lr, weight_decay, clip)
         self.momentum = momentum
         self._velocity = [torch.zeros_like(p) for p in self.params] if momentum else []
 
