@@ -21,8 +21,17 @@ def main(args: list[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(studies.names())}")
     parser.add_argument("--quick", action="store_true", help="less than a minute on two cores")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results; an interrupted run goes on")
-    parser.add_argument("--docs", type=Path, default=None, help="also write the page and picture below this folder")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        default=None,
+        help="also write the page and picture below this folder; without NAME, all pages anew from their numbers",
+    )
     known, rest = parser.parse_known_args(args)
+    if known.name is None and known.docs is not None and not rest:
+        for result in sorted((known.docs / "studies").glob("*.json")):
+            print(f"written: {write_docs(result, known.docs)}")
+        return 0
     if known.name is None:
         parser.print_help()
         return 0 if {"-h", "--help"} & set(rest) else 2

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
-from recipes.studies.base import Outcome, registered
+from recipes.studies.base import Outcome, Table, registered
 
 
 def write_results(outcome: Outcome, out: Path) -> None:
@@ -27,7 +28,26 @@ def write_docs(result: Path, docs: Path) -> Path:
     _write(pages / f"{outcome.study}.json", json.dumps(outcome.to_dict()) + "\n")
     _draw(outcome, images / f"{outcome.study}.png")
     _write(pages / f"{outcome.study}.md", page(outcome, f"../images/studies/{outcome.study}.png"))
+    _write(pages / "index.md", index(pages))
     return pages / f"{outcome.study}.md"
+
+
+def index(pages: Path) -> str:
+    """The page that lists the studies whose results lie in `pages`, with what became of their claims."""
+    outcomes = [Outcome.from_dict(json.loads(path.read_text())) for path in sorted(pages.glob("*.json"))]
+    rows = []
+    for outcome in outcomes:
+        counts = Counter(verdict.outcome for verdict in outcome.verdicts)
+        tally = ", ".join(f"{n} {text}" for text, n in counts.items())
+        rows.append([f"[{registered()[outcome.study].title}]({outcome.study}.md)", tally])
+    table = Table("Each page has the claim, the setting, the numbers and the command.", ["study", "claims"], rows)
+    names = "\n".join(outcome.study for outcome in outcomes)
+    return (
+        f"# Studies\n\nWhat papers claim about activations, dead neurons and initialisation, rebuilt and checked at a "
+        f'size that a laptop can run. Verdicts follow the numbers; "not reproduced at this scale" says that '
+        f"these runs do not show it, not that it is false.\n\n{table.markdown()}\n\n"
+        f"```{{toctree}}\n:hidden:\n\n{names}\n```\n"
+    )
 
 
 def page(outcome: Outcome, picture: str) -> str:

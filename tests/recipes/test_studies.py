@@ -15,7 +15,7 @@ from recipes import studies
 from recipes.studies import intervals
 from recipes.studies.base import NOT_SHOWN, OPPOSITE, REPRODUCED, Journal, Outcome, above, registered
 from recipes.studies.intervals import Interval
-from recipes.studies.pages import page
+from recipes.studies.pages import index, page
 from recipes.studies.stacked import SGD, Adam, Stack, accuracy, fit, orders
 
 DOCS = Path(__file__).parents[2] / "docs" / "studies"
@@ -184,3 +184,12 @@ def test_pages_are_what_their_numbers_say(name: str) -> None:
     assert (DOCS / f"{name}.md").read_text() == page(outcome, f"../images/studies/{name}.png")
     assert (DOCS.parent / "images" / "studies" / f"{name}.png").exists()
     assert set(stored["config"]) <= set(registered()[name].__dataclass_fields__)
+    assert (DOCS / "index.md").read_text() == index(DOCS)
+
+
+def test_pages_are_written_anew_from_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "xor.json").write_text((DOCS / "xor.json").read_text())
+    assert studies.cli(["--docs", str(tmp_path)]) == 0
+    assert (tmp_path / "studies" / "xor.md").read_text() == (DOCS / "xor.md").read_text()
+    assert "XOR" in (tmp_path / "studies" / "index.md").read_text()
