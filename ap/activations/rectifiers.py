@@ -21,7 +21,10 @@ class _HeLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        return F.relu(x), (x > -alpha).view(torch.uint8)  # many times faster to multiply by than bool
+        if x.device.type != "cpu":
+            return F.relu(x), x > -alpha
+        # Twice as fast on a CPU as comparing into bools, and as exact: x + α has the sign of the comparison.
+        return F.relu(x), F.relu(x + alpha).to(torch.bool)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -31,7 +34,7 @@ class _HeLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         (passes,) = ctx.saved_tensors
-        return grad * passes, None
+        return grad * passes.to(grad.dtype), None  # to multiply by bools is many times slower
 
 
 def helu(x: Tensor, alpha: float = 0.05) -> Tensor:
