@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap.activations.parameters import along, value_of
+from ap.activations.parameters import along, value_of, wide
 from ap.activations.ranges import SMOOTH_EPS, DeadRange, numeric, per_channel
 
 
@@ -39,7 +39,8 @@ class _SwishFixed(torch.autograd.Function):
 def _fixed(x: Tensor, beta: float) -> Tensor:
     if beta == 1:
         return F.silu(x.clamp(min=torch.finfo(x.dtype).min), inplace=True)
-    return F.silu((x * beta).clamp_(min=torch.finfo(x.dtype).min), inplace=True).div_(beta)
+    z = x.float() if x.dtype == torch.float16 else x  # βx may be beyond float16 where x·σ(βx) is not
+    return F.silu((z * beta).clamp_(min=torch.finfo(z.dtype).min), inplace=True).div_(beta).to(x.dtype)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -64,16 +65,21 @@ class _Swish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, beta = ctx.saved_tensors
-        x = _finite(x)
-        s = torch.sigmoid(beta * x)
+        x = _finite(wide(x))
+        b = beta.to(x.dtype)
+        s = torch.sigmoid(b * x)
         slope = x * s * (1 - s)
-        return grad * (s + beta * slope), (grad * x * slope).sum_to_size(beta.shape)
+        by_beta = (wide(grad) * (x * slope)).sum_to_size(beta.shape)
+        return (grad * (s + b * slope)).to(grad.dtype), by_beta.to(beta.dtype)
 
 
 def _swish(x: Tensor, beta: Tensor) -> Tensor:
+    dtype = x.dtype
+    x = wide(x)
+    beta = beta.to(x.dtype)
     finite = _finite(x)
     # Back to +∞ where x is: only the side on which the sigmoid is 0 needed the finite number.
-    return torch.where(x == torch.inf, x, finite) * torch.sigmoid(beta * finite)
+    return (torch.where(x == torch.inf, x, finite) * torch.sigmoid(beta * finite)).to(dtype)
 
 
 class _GCU(torch.autograd.Function):
@@ -107,7 +113,6 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         tensor([0.0000, 0.5000])
     """
     if isinstance(beta, Tensor):
-        beta = beta.to(x.dtype)
         return _swish(x, beta) if torch.compiler.is_compiling() else _Swish.apply(x, beta)  # type: ignore[no-any-return]
     if beta == 0:
         return x / 2

@@ -51,6 +51,11 @@ def along(parameter: float | Tensor | Positive, x: Tensor, dim: int) -> float | 
     return value.view([-1 if axis == dim % x.dim() else 1 for axis in range(x.dim())])
 
 
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32: sums over a batch, as a shared parameter's gradient is, do not fit it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def value_of(parameter: float | Tensor | Positive) -> float | Tensor:
     """The value now, without a graph."""
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap.activations.parameters import Positive, along, value_of
+from ap.activations.parameters import Positive, along, value_of, wide
 from ap.activations.ranges import DeadRange, per_channel, solve
 
 Number = float | Tensor
@@ -91,7 +91,8 @@ def smelu(x: Tensor, beta: Number = 0.5) -> Tensor:
         tensor([0.0000, 0.1250, 1.0000])
     """
     if isinstance(beta, Tensor):
-        return _smelu(x, beta.to(x.dtype).clamp(min=FLOOR))
+        z = wide(x)
+        return _smelu(z, beta.to(z.dtype).clamp(min=FLOOR)).to(x.dtype)
     _not_negative("beta", beta)
     if beta < FLOOR:
         return F.relu(x)
@@ -131,6 +132,9 @@ def rescu(
     for name, width in (("alpha", alpha), ("beta", beta)):
         if not isinstance(width, Tensor):
             _not_negative(name, width)
+    dtype = x.dtype
+    if any(isinstance(p, Tensor) for p in (alpha, beta, g_minus, g_plus, t)):
+        x = wide(x)
     alpha, beta, g_minus, g_plus, t = (
         p.to(x.dtype) if isinstance(p, Tensor) else p for p in (alpha, beta, g_minus, g_plus, t)
     )
@@ -139,7 +143,7 @@ def rescu(
     width = width.clamp(min=FLOOR) if isinstance(width, Tensor) else max(width, FLOOR)
     tau = (_between(x, -alpha, beta) + alpha) / width
     between = (g_plus - g_minus) * width * area(tau) + g_minus * width * tau
-    return between + _times(g_minus, -F.relu(-alpha - x)) + _times(g_plus, F.relu(x - beta)) + t
+    return (between + _times(g_minus, -F.relu(-alpha - x)) + _times(g_plus, F.relu(x - beta)) + t).to(dtype)
 
 
 def _times(slope: Number, part: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def swap(
 
     A module used in several places is replaced by one module used in those places. Gates (the sigmoid of
     squeeze-and-excitation), softmax and attention stay as they are; what is called as a function cannot be replaced
-    and is reported with the remedy.
+    and is reported with the remedy. Dropout that works in place no longer does, since it would overwrite outputs that
+    the new activations keep for their backward pass (MobileNetV3's does).
 
     Args:
         model: any module; its parameters are not touched.
@@ -109,6 +110,11 @@ def swap(
                 if "activation_relu_or_gelu" in old_state:
                     module.activation_relu_or_gelu = 0  # the fused kernel of evaluation knows these two only
                 replaced += 1
+    if replaced:
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.inplace:
+                undo.append((module, "inplace", {"inplace": True}, False))
+                module.inplace = False
     result_skipped |= _functional_calls(model)
     result = Swapped(replaced)
     result.skipped, result._undo = result_skipped, undo

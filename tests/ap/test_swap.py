@@ -121,3 +121,14 @@ def test_swapped_networks_train(name):
     swap(model, name)
     model(torch.randn(16, 4)).square().mean().backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model[0].parameters())
+
+
+def test_dropout_in_place_would_overwrite_what_the_new_activation_keeps() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Hardswish(), nn.Dropout(0.5, inplace=True), nn.Linear(4, 1))
+    swapped = swap(model, "smelu")
+    model(torch.randn(8, 4)).sum().backward()  # would raise: modified by an inplace operation
+    assert not model[2].inplace
+    swapped.undo()
+    assert model[2].inplace
+    assert swap(nn.Sequential(nn.Linear(4, 4), untouched := nn.Dropout(inplace=True)), "smelu") == 0
+    assert untouched.inplace
