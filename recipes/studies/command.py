@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def main(args: list[str]) -> int:
         study = parse(type(study), study, rest)
         if known.docs is not None and known.out is None:
             raise ValueError("--docs is written from the results: give --out as well")
-        command = " ".join(["python -m recipes study", known.name, *["--quick"] * known.quick, *rest, "--out DIR"])
+        shown = ["study", known.name, *["--quick"] * known.quick, *rest, "--out", "DIR"]
+        command = f"python -m recipes {shlex.join(shown)}"
         outcome = execute(study, known.out, command)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
