@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap.activations.parameters import along, value_of, wide
+from ap.activations.parameters import along, free, value_of, wide
 from ap.activations.ranges import SMOOTH_EPS, DeadRange, numeric, per_channel
 
 
@@ -114,8 +115,12 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
     """
     if isinstance(beta, Tensor):
         return _swish(x, beta) if torch.compiler.is_compiling() else _Swish.apply(x, beta)  # type: ignore[no-any-return]
+    if math.isnan(beta):
+        raise ValueError("beta must be a number, not NaN")
     if beta == 0:
         return x / 2
+    if math.isinf(beta):
+        return F.relu(x) if beta > 0 else -F.relu(-x)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return _fixed(x, beta)
     return _SwishFixed.apply(x, float(beta))  # type: ignore[no-any-return]
@@ -149,7 +154,9 @@ class Swish(nn.Module):
     ) -> None:
         super().__init__()
         self.channel_dim = channel_dim
-        self.beta: Any = nn.Parameter(torch.full((num_parameters,), float(beta))) if learnable else float(beta)
+        if not math.isfinite(beta):
+            raise ValueError(f"beta must be finite, not {beta}")
+        self.beta: Any = free(beta, num_parameters) if learnable else float(beta)
 
     def forward(self, x: Tensor) -> Tensor:
         """Element by element."""

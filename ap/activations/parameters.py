@@ -31,11 +31,18 @@ class Positive(nn.Module):
             raise ValueError(f"a learnable {name} must start above 0, not at {value}")
         # The inverse of softplus, without overflow for large values.
         raw = value + math.log(-math.expm1(-value))
-        self.raw = nn.Parameter(torch.full((num_parameters,), raw))
+        self.raw = free(raw, num_parameters)
 
     def forward(self) -> Tensor:
         """[num_parameters]"""
         return F.softplus(self.raw)
+
+
+def free(value: float, num_parameters: int) -> nn.Parameter:
+    """A learnable number without bounds, or one a channel: [num_parameters]."""
+    if num_parameters < 1:
+        raise ValueError(f"num_parameters must be 1, or the number of channels, not {num_parameters}")
+    return nn.Parameter(torch.full((num_parameters,), float(value)))
 
 
 def along(parameter: float | Tensor | Positive, x: Tensor, dim: int) -> float | Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap.activations.parameters import Positive, along, value_of, wide
+from ap.activations.parameters import Positive, along, free, value_of, wide
 from ap.activations.ranges import DeadRange, per_channel, solve
 
 Number = float | Tensor
@@ -189,8 +189,19 @@ def gsmelu(
 
 
 def _not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name} must be 0 or more, not {value}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be 0 or more and finite, not {value}")
+
+
+def _check_transition(cdf: Callable[[Tensor], Tensor], integral: Callable[[Tensor], Tensor]) -> None:
+    tau = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    f = cdf(tau)
+    if abs(float(f[0])) > 1e-6 or abs(float(f[-1]) - 1) > 1e-6 or float(f.diff().min()) < -1e-9:
+        raise ValueError("cdf must go from 0 at 0 to 1 at 1 and never fall")
+    area = torch.cat([f.new_zeros(1), torch.cumulative_trapezoid(f, tau)])
+    worst = float((integral(tau) - area).abs().max())
+    if not worst < 1e-3:  # the trapezoids' own error is below 1e-5 for smooth ones
+        raise ValueError(f"integral is not that of cdf from 0: they differ by {worst:.2g} on [0, 1]")
 
 
 class SmeLU(nn.Module):
@@ -269,6 +280,8 @@ class RESCU(nn.Module):
         super().__init__()
         if (cdf is None) != (integral is None):
             raise ValueError("RESCU takes cdf and integral together: the integral of the CDF from 0")
+        if cdf is not None and integral is not None:
+            _check_transition(cdf, integral)
         _not_negative("alpha", alpha)
         _not_negative("beta", beta)
         self.cdf, self.integral = cdf, integral
@@ -276,8 +289,9 @@ class RESCU(nn.Module):
         self.alpha: Any = Positive(alpha, num_parameters, "alpha") if learnable else float(alpha)
         self.beta: Any = Positive(beta, num_parameters, "beta") if learnable else float(beta)
         for name, value in (("g_minus", g_minus), ("g_plus", g_plus), ("t", t)):
-            filled = nn.Parameter(torch.full((num_parameters,), float(value))) if learnable else float(value)
-            setattr(self, name, filled)
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, not {value}")
+            setattr(self, name, free(value, num_parameters) if learnable else float(value))
 
     def forward(self, x: Tensor) -> Tensor:
         """Element by element."""
@@ -297,9 +311,22 @@ class RESCU(nn.Module):
             if eps:
                 return solve(self.forward, eps)
             return DeadRange(-math.inf, -alpha) if g_minus == 0 and t == 0 else None
+        if eps:
+            return self._channels_dead_range(eps)
         assert isinstance(g_minus, Tensor)
         assert isinstance(t, Tensor)
         return per_channel(torch.full_like(alpha, -math.inf), -alpha, (g_minus == 0) & (t == 0))
+
+    def _channels_dead_range(self, eps: float) -> DeadRange | None:
+        names = ("alpha", "beta", "g_minus", "g_plus", "t")
+        columns = [torch.as_tensor(value_of(getattr(self, name))) for name in names]
+        found = []
+        for alpha, beta, g_minus, g_plus, t in zip(*(column.tolist() for column in columns), strict=True):
+            fixed = RESCU(alpha, beta, g_minus, g_plus, t, self.cdf, self.integral)
+            found.append(fixed.dead_range_at(eps))
+        low = columns[0].new_tensor([0.0 if f is None else float(f.low) for f in found])
+        high = columns[0].new_tensor([0.0 if f is None else float(f.high) for f in found])
+        return per_channel(low, high, torch.tensor([f is not None for f in found], device=low.device))
 
     def extra_repr(self) -> str:
         names = ("alpha", "beta", "g_minus", "g_plus", "t")
