@@ -331,6 +331,9 @@ class Training:
                     raise self._diverged(self.step - 1, x, rate, "the model")
         finally:
             self.seconds += time.perf_counter() - began
+        return self._close_epoch()
+
+    def _close_epoch(self) -> float:
         self.last_loss = float(self._loss_sum) / max(1, self._loss_steps)
         self._loss_sum.zero_()
         self._loss_steps = 0
@@ -372,6 +375,8 @@ class Training:
         self.step, self.last_loss, self.seconds = state["step"], state["last_loss"], state["seconds"]
         self._loss_sum.copy_(state["loss_sum"])
         self._loss_steps = state["loss_steps"]
+        if self._loss_steps and (self.done or self.step % self.engine.steps_per_epoch == 0):
+            self._close_epoch()  # it was stopped right after an epoch's last step
         torch.set_rng_state(state["rng"])
         if "rng_cuda" in state:
             torch.cuda.set_rng_state(state["rng_cuda"], self.engine.device)
