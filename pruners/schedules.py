@@ -49,7 +49,7 @@ def removed_by(curve: Curve, progress: float, alive: int, gone: int) -> int:
     >>> [removed_by(exponential, k / 2, 100, 75) for k in (1, 2)]
     [50, 75]
     """
-    return gone if progress >= 1 else min(gone, round(alive * (1 - curve(progress, 1 - gone / alive))))
+    return gone if progress >= 1 or not gone else min(gone, round(alive * (1 - curve(progress, 1 - gone / alive))))
 
 
 class Gradual:

@@ -297,3 +297,10 @@ def test_scores_of_a_half_precision_copy_rank_alike():
         scores = pruners.create(name).scores(model, masks, inputs, F.cross_entropy)
         assert all(scores[n].isfinite().all() for n in masks)
     assert pruners.create("lamp").prune(model, masks, 0.5) == round(0.5 * masks.total)
+
+
+def test_nothing_alive_and_nothing_to_remove_is_no_division():
+    from pruners.schedules import exponential, removed_by
+
+    assert removed_by(exponential, 0.5, 0, 0) == 0
+    assert removed_by(exponential, 0.5, 3, 0) == 0
