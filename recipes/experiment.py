@@ -26,7 +26,7 @@ import pruners
 from ap import DNRMonitor, Masks, measure_dnr
 from ap.compaction import fit_
 from ap.cycles import Cycles, Run
-from ap.tensorboard import layout, write_pictures
+from ap.tensorboard import layout, write_pictures, write_report
 from recipes import data as data_sets
 from recipes import models
 from recipes.config import SCHEMA, Arm, Experiment, differences
@@ -432,6 +432,7 @@ class _Run:
         try:
             report = measure_dnr(model, engine.probe_batches())
             row |= {"dnr_total": report.total, "dnr_static": report.static, "dnr_dynamic": report.dynamic}
+            write_report(self.writer, report, run.cycle)
             row["dnr_layers"] = {n: [d.total, d.static] for n, d in report.layers.items() if d.can_die}
         except ValueError:
             row |= {"dnr_total": None, "dnr_static": None, "dnr_dynamic": None, "dnr_layers": {}}
@@ -439,10 +440,9 @@ class _Run:
         hidden = effective(model, masks, (self.data.in_channels, side, side))
         row |= {"effective_density": hidden.density, "macs": hidden.macs, "dense_macs": hidden.dense_macs}
         row["train_s"] = training.seconds
-        for key in ("accuracy", "val_accuracy", "dnr_total", "dnr_static", "dnr_dynamic", "effective_density"):
+        for key in ("accuracy", "val_accuracy", "effective_density"):
             if row[key] is not None:
-                tag = f"dnr/eval/model/{key[4:]}" if key.startswith("dnr") else f"trained/{key}"
-                self.writer.add_scalar(tag, row[key], run.cycle)
+                self.writer.add_scalar(f"trained/{key}", row[key], run.cycle)
         self.writer.add_scalar("accuracy against density (‰)", test[0], round(1000 * masks.density))
         shown = {"cycle": run.cycle, "accuracy": test[0], "dnr": row["dnr_total"], "density": masks.density}
         self.say({"event": "row", "job": self.job.name, **shown})
