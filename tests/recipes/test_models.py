@@ -237,15 +237,20 @@ def one_step(model: nn.Module, x: Tensor) -> None:
 
 
 # In a residual network the activation follows the addition: a square is squared again in every block, until float32
-# overflows. These two are for networks without such a path.
+# overflows; a deep plain network without normalisation does the same. These two are for other networks.
 SQUARES = ("relu_squared", "star_relu")
+
+
+def overflows(name: str, activation: str) -> bool:
+    plain = name.startswith("vgg") and not name.endswith("-bn")
+    return activation in SQUARES and (name.startswith("resnet") or plain)
 
 
 @pytest.mark.parametrize("activation", ap.activations.names())
 def test_every_activation(activation: str) -> None:
     torch.manual_seed(0)
     for name in ("cnn", "vgg11-bn", "resnet20"):
-        if name.startswith("resnet") and activation in SQUARES:
+        if overflows(name, activation):
             continue
         one_step(small(name, activation=activation), torch.randn(4, 3, size_for(name), size_for(name)))
 
@@ -261,7 +266,7 @@ def test_every_model(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "activation"),
-    [(n, a) for n in OURS for a in ap.activations.names() if not (n.startswith("resnet") and a in SQUARES)],
+    [(n, a) for n in OURS for a in ap.activations.names() if not overflows(n, a)],
 )
 def test_every_model_with_every_activation(name: str, activation: str) -> None:
     torch.manual_seed(0)
