@@ -37,18 +37,18 @@ class ActivationSearch(Study):
 
     title: ClassVar[str] = "Searching for activations"
     claim: ClassVar[str] = (
-        "An automated search over compositions of unary and binary functions finds activations that beat ReLU, among "
-        "them Swish, x·σ(βx) (Ramachandran, Zoph & Le 2017)."
+        "An automated search over compositions of unary and binary functions finds activations that beat ReLU, "
+        "among them Swish, x·σ(βx) (Ramachandran, Zoph & Le 2017)."
     )
     setting: ClassVar[str] = (
         "A core unit is b(u1(x), u2(x)) with 25 unary and 10 binary functions: 6,250. In a chain, a unit's first "
-        "input is the output of the unit before, its second x or any earlier output; an LSTM controller writes chains"
-        " and learns by PPO from the accuracy of their networks. Child networks are small, dense and normalised "
-        "before each activation, and train for a fixed number of steps; hundreds train as one. Candidates that are "
-        "not finite or constant, or equal to an earlier one, are rejected before. Choices are made on validation "
-        "images: the best children are ranked again with more seeds, the best of those train a larger network with "
-        "fresh seeds, and only that is measured on test images, against ReLU and Swish with the same seeds. β are "
-        "learnable numbers that start at 1."
+        "input is the output of the unit before, its second x or any earlier output; an LSTM controller writes "
+        "chains and learns by PPO from the accuracy of their networks. Child networks are small, dense and "
+        "normalised before each activation, and train for a fixed number of steps; hundreds train as one. "
+        "Candidates that are not finite or constant, or equal to an earlier one, are rejected before. Choices are "
+        "made on validation images: the best children are ranked again with more seeds, the best of those train a "
+        "larger network with fresh seeds, and only that is measured on test images, against ReLU and Swish with "
+        "the same seeds. β are learnable numbers that start at 1."
     )
 
     data: str = "digits"

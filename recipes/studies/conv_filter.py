@@ -93,14 +93,14 @@ class ConvFilter(Study):
 
     title: ClassVar[str] = "Learning one convolutional filter"
     claim: ClassVar[str] = (
-        "Gradient descent from a small random start recovers a convolutional filter under a ReLU in polynomial time, "
-        "for any input distribution that is smooth enough, Gaussian or not; it is the faster the closer the patches "
-        "are to each other and the smoother the input's directions; a rate that grows after the first steps pays (Du,"
-        " Lee & Tian 2017)."
+        "Gradient descent from a small random start recovers a convolutional filter under a ReLU in polynomial "
+        "time, for any input distribution that is smooth enough, Gaussian or not; it is the faster the closer the "
+        "patches are to each other and the smoother the input's directions; a rate that grows after the first "
+        "steps pays (Du, Lee & Tian 2017)."
     )
     setting: ClassVar[str] = (
-        "Teacher and student f(Z) = (1/k) Σ relu(wᵀZᵢ) with the loss ½ (f − f*)² on a fixed sample; starts of norm "
-        "0.1 in random directions. Measured: steps until the relative error is below 10⁻³, the median over the "
+        "Teacher and student f(Z) = (1/k) Σ relu(wᵀZᵢ) with the loss ½ (f − f*)² on a fixed sample; starts of norm"
+        " 0.1 in random directions. Measured: steps until the relative error is below 10⁻³, the median over the "
         "starts, whose descents run as one. Patches are √d · normalise(c · common + √(1−c²) · own), c being their "
         "closeness; the angular spread is that of inputs of norm 1 around a direction at 45° to the filter."
     )

@@ -48,9 +48,9 @@ class Dnr(Study):
     )
     setting: ClassVar[str] = (
         "A network with two hidden layers, with and without BatchNorm; magnitude pruning with rewinding to the "
-        "initial weights; every arm removes the same number of weights at each cycle, and AP and its controls choose "
-        "the same share of them. Dead neurons are counted in evaluation mode on the same 500 test images. Arms and "
-        "seeds of a network train as one stack with the same initial weights and batches."
+        "initial weights; every arm removes the same number of weights at each cycle, and AP and its controls "
+        "choose the same share of them. Dead neurons are counted in evaluation mode on the same 500 test images. "
+        "Arms and seeds of a network train as one stack with the same initial weights and batches."
     )
 
     data: str = "fashion-mnist"

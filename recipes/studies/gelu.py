@@ -29,9 +29,9 @@ class Gelu(Study):
     )
     setting: ClassVar[str] = (
         "Formulas in double precision, derivatives up to the fourth by automatic differentiation, a grid on [−12, "
-        "12]; between grid points a value can be exceeded by at most h²/8 times the bound of its second derivative "
-        "(that of the grid with a tenth added), which is the ± of the table. Zeros are bisected to 10⁻¹². Nothing is "
-        "random."
+        "12]; between grid points a value can be exceeded by at most h²/8 times the bound of its second derivative"
+        " (that of the grid with a tenth added), which is the ± of the table. Zeros are bisected to 10⁻¹². Nothing"
+        " is random."
     )
 
     step: float = 1e-4

@@ -28,14 +28,16 @@ class Helu(Study):
 
     title: ClassVar[str] = "HeLU and dying units"
     claim: ClassVar[str] = (
-        "HeLU computes ReLU in the forward pass and passes gradients down to −α, so that units do not die, at ReLU's "
-        "inference cost; published with WRN-40-4 on CIFAR-10 are 92.84 (ReLU), 95.80 (HeLU) and 96.11 % (GELU)."
+        "HeLU computes ReLU in the forward pass and passes gradients down to −α, so that units do not die, at "
+        "ReLU's inference cost; published with WRN-40-4 on CIFAR-10 are 92.84 (ReLU), 95.80 (HeLU) and 96.11 % "
+        "(GELU)."
     )
     setting: ClassVar[str] = (
-        "A network with two hidden layers and no normalisation, trained at a learning rate at which ReLU units die; "
-        "magnitude pruning with rewinding, with and without AP at equal density. A unit is dead (static) when it is 0"
-        " for all of 500 test images, and gradient-dead when it gets no gradient from any. Time: evaluation passes of"
-        " the same network on a CPU, interleaved rounds, medians and the quartiles of the ratio to ReLU."
+        "A network with two hidden layers and no normalisation, trained at a learning rate at which ReLU units "
+        "die; magnitude pruning with rewinding, with and without AP at equal density. A unit is dead (static) when"
+        " it is 0 for all of 500 test images, and gradient-dead when it gets no gradient from any. Time: "
+        "evaluation passes of the same network on a CPU, interleaved rounds, medians and the quartiles of the "
+        "ratio to ReLU."
     )
 
     data: str = "fashion-mnist"
@@ -46,7 +48,7 @@ class Helu(Study):
     """Thresholds α of HeLU."""
     hidden: tuple[int, int] = (100, 50)
     """Widths of the hidden layers."""
-    rate: float = 0.3
+    rate: float = 0.1
     """Learning rate."""
     seeds: int = 5
     """Networks an arm."""

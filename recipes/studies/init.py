@@ -61,14 +61,15 @@ class Init(Study):
     title: ClassVar[str] = "Initialisation for any activation"
     claim: ClassVar[str] = (
         "Weights of variance gain² / fan keep the signal's variance through any depth, where 1 / fan halves it at "
-        "each ReLU; a 30-layer rectifier network trains with the former and stalls with the latter (He et al. 2015)."
+        "each ReLU; a 30-layer rectifier network trains with the former and stalls with the latter (He et al. "
+        "2015)."
     )
     setting: ClassVar[str] = (
         "Random fully connected networks without biases on normal inputs: the mean square of the pre-activations, "
         "over several draws. The gain is 1/√E[f(z)²] by quadrature; the exponent d log q′ / d log q says if a "
         "deviation from variance 1 shrinks (below 1) or grows (above) from layer to layer. Then a ReLU network is "
-        "trained with momentum, clipped gradients and a rate that falls to zero; all rules and seeds as one stack, "
-        "with the same draws and batches."
+        "trained with momentum, clipped gradients and a rate that falls to zero; all rules and seeds as one stack,"
+        " with the same draws and batches."
     )
 
     names: tuple[str, ...] = (

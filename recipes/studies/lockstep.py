@@ -41,12 +41,13 @@ class Plan:
     cycles: int = 0
     amount: float = 0.36
     share: float = 0.04  # AP's part of what is alive, within `amount`
+    clip: float | None = None  # the largest norm of a gradient
 
 
 def train(models: Sequence[nn.Module], seeds: Sequence[int], data: Images, plan: Plan, **kwargs: Any) -> Stack:
     """Trains copies of `models` as one stack (batches by each one's seed) and returns it; `models` get the weights."""
     stack = Stack(models)
-    optimizer = SGD(stack.params, plan.rate, plan.momentum, plan.weight_decay)
+    optimizer = SGD(stack.params, plan.rate, plan.momentum, plan.weight_decay, plan.clip)
     schedule = warmup_cosine()
     fit(stack, optimizer, *data.train, seeds, steps=plan.steps, batch=plan.batch, schedule=schedule, **kwargs)
     stack.write_back()
@@ -78,7 +79,7 @@ def prune(
     """One row for each trained network: arm, seed, cycle, density, accuracy and what `look` sees in it.
 
     All arms remove the same number of weights at each cycle. The dense networks are the same in all arms and train once
-    for each seed.
+    for each seed. A network whose weights are no longer finite has an accuracy of 0 and is pruned by its initial ones.
     """
     starts = [build(seed) for seed in seeds]
     trained = [copy.deepcopy(model) for model in starts]
@@ -100,7 +101,8 @@ def prune(
             total, own = split(alive.alive, plan.amount, plan.share)
             before = alive.alive
             with torch.no_grad():
-                end = copy.deepcopy(model.state_dict())
+                finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+                end = copy.deepcopy((model if finite else start).state_dict())
                 model.load_state_dict(start.state_dict())
             if arm.criterion is None:
                 own = 0

@@ -72,15 +72,15 @@ class ReluClassifier(Study):
 
     title: ClassVar[str] = "ReLU as the classifier"
     claim: ClassVar[str] = (
-        "A network that classifies by argmax of max(0, θh + b) is comparable to one with a softmax (Agarap 2018: on "
-        "Fashion-MNIST 89.06 against 89.35 % for a feed-forward network and 85.84 against 86.08 % for a CNN)."
+        "A network that classifies by argmax of max(0, θh + b) is comparable to one with a softmax (Agarap 2018: "
+        "on Fashion-MNIST 89.06 against 89.35 % for a feed-forward network and 85.84 against 86.08 % for a CNN)."
     )
     setting: ClassVar[str] = (
-        "The paper leaves the loss open, so three are tried: the true class as a share of Σ relu(o) (normalised), the"
-        " formula as printed (literal), and the softmax cross entropy of relu(o). All losses and seeds train as one "
-        "stack, with the same initial weights, batches (of 64) and Adam at 0.001; the accuracy is the test set's "
-        "after the last step. A true-class score is dead when relu(o)_y = 0: such a sample teaches the ReLU losses "
-        "nothing."
+        "The paper leaves the loss open, so three are tried: the true class as a share of Σ relu(o) (normalised), "
+        "the formula as printed (literal), and the softmax cross entropy of relu(o). All losses and seeds train as"
+        " one stack, with the same initial weights, batches (of 64) and Adam at 0.001; the accuracy is the test "
+        "set's after the last step. A true-class score is dead when relu(o)_y = 0: such a sample teaches the ReLU "
+        "losses nothing."
     )
 
     data: str = "fashion-mnist"

@@ -65,14 +65,15 @@ class Reproducibility(Study):
     title: ClassVar[str] = "Smooth activations and reproducibility"
     claim: ClassVar[str] = (
         "Networks that differ only in their initial weights and the order of their data disagree in their "
-        "predictions; they do so less with SmeLU, the less the wider its smooth part (Shamir, Lin & Coviello 2020)."
+        "predictions; they do so less with SmeLU, the less the wider its smooth part (Shamir, Lin & Coviello "
+        "2020)."
     )
     setting: ClassVar[str] = (
-        "Groups of dense networks with two hidden layers, trained alike but for the seed. PD is the mean over test "
-        "samples and models of |p − p̄| (½ of the absolute differences summed over classes), relative PD that of the "
-        "true class divided by p̄, disagreement the share of pairs of models with different labels. Intervals are "
-        "bootstraps over groups and samples together; differences to ReLU use the same seeds and samples. Dense, and "
-        "pruned by magnitude once with rewinding. The noise-dominated task has two classes."
+        "Groups of dense networks with two hidden layers, trained alike but for the seed. PD is the mean over test"
+        " samples and models of |p − p̄| (½ of the absolute differences summed over classes), relative PD that of "
+        "the true class divided by p̄, disagreement the share of pairs of models with different labels. Intervals "
+        "are bootstraps over groups and samples together; differences to ReLU use the same seeds and samples. "
+        "Dense, and pruned by magnitude once with rewinding. The noise-dominated task has two classes."
     )
 
     tasks: tuple[str, ...] = ("noise", "digits", "fashion-mnist")

@@ -48,13 +48,16 @@ class Stack:
         def one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
             return torch.func.functional_call(self._template, (params, buffers), (x,))
 
+        if any(isinstance(module, nn.RReLU) for module in self._template.modules()):
+            # The one activation that torch cannot batch: its models run one after the other.
+            one_by_one = [
+                one(_slice(self.params, t), _slice(self.buffers, t), x if shared else x[t]) for t in range(len(self))
+            ]
+            return torch.stack(one_by_one)
+        call = torch.vmap(one, in_dims=(0, 0, None if shared else 0), randomness="different")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # one pooling layer has no batching rule
-            return self._vmapped(one, x, shared)
-
-    def _vmapped(self, one: Callable[..., Tensor], x: Tensor, shared: bool) -> Tensor:
-        call = torch.vmap(one, in_dims=(0, 0, None if shared else 0), randomness="different")
-        return call(self.params, self.buffers, x)
+            return call(self.params, self.buffers, x)
 
     @torch.no_grad()
     def write_back(self) -> list[nn.Module]:
@@ -70,6 +73,10 @@ class Stack:
         """One mapping name → bool tensor a model, stacked as factors."""
         names = list(masks[0])
         return {n: torch.stack([m[n] for m in masks]).to(self.params[n].dtype) for n in names}
+
+
+def _slice(values: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:
+    return {name: value[t] for name, value in values.items()}
 
 
 class Optimizer:

@@ -28,9 +28,9 @@ class SwishDepth(Study):
     claim: ClassVar[str] = "The deeper the network, the more Swish gains over ReLU (Ramachandran, Zoph & Le 2017)."
     setting: ClassVar[str] = (
         "Fully connected networks of constant width, without normalisation or shortcuts, initialised with each "
-        "activation's own gain; gradient descent with momentum, warm-up and cosine. Every activation and depth has "
-        "its learning rate chosen on validation images from the same list; all rates and seeds train as one stack. "
-        "Differences to ReLU are paired by seed."
+        "activation's own gain; gradient descent with momentum, clipped gradients, warm-up and cosine. Every "
+        "activation and depth has its learning rate chosen on validation images from the same list; all rates and "
+        "seeds train as one stack. Differences to ReLU are paired by seed."
     )
 
     data: str = "digits"
@@ -39,18 +39,18 @@ class SwishDepth(Study):
     """Activations; silu is Swish with β = 1."""
     depths: tuple[int, ...] = (2, 4, 8, 16, 32)
     """Hidden layers."""
-    width: int = 64
+    width: int = 48
     """Units a layer."""
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Learning rates to choose from."""
     seeds: int = 5
     """Networks for each rate."""
-    steps: int = 300
+    steps: int = 400
     """Steps of each training."""
 
     @classmethod
     def quick(cls, **options: object) -> SwishDepth:
-        small = {"names": ("relu", "silu"), "depths": (2, 8, 16), "rates": (0.01, 0.03), "seeds": 3, "steps": 120}
+        small = {"names": ("relu", "silu"), "depths": (2, 8, 16), "rates": (0.1, 0.3), "seeds": 3, "steps": 150}
         return cls(**{**small, "width": 32, **options})  # type: ignore[arg-type]
 
     def measure(self, journal: Journal) -> Data:
@@ -85,7 +85,7 @@ class SwishDepth(Study):
         stack = Stack([build(seed) for seed in seeds] * len(self.rates))
         rates = torch.tensor(self.rates).repeat_interleave(len(seeds))
         schedule: Callable[[float], float] = warmup_cosine()
-        optimizer = SGD(stack.params, rates, 0.9)
+        optimizer = SGD(stack.params, rates, 0.9, clip=0.5)
         every = seeds * len(self.rates)
         fit(stack, optimizer, *data.train, every, steps=self.steps, batch=64, schedule=schedule)
         n = len(seeds)

@@ -74,13 +74,13 @@ class Xor(Study):
 
     title: ClassVar[str] = "XOR with one PReLU neuron"
     claim: ClassVar[str] = (
-        "One neuron with a learnable PReLU and no bias, three parameters in all, solves XOR in every training over a "
-        "wide range of learning rates, where other small networks often fail (Pinto & Tavares 2024)."
+        "One neuron with a learnable PReLU and no bias, three parameters in all, solves XOR in every training over"
+        " a wide range of learning rates, where other small networks often fail (Pinto & Tavares 2024)."
     )
     setting: ClassVar[str] = (
-        "Inputs ±1, mean squared error on targets 0 and 1, Adam on the full batch of four, parameters from U(−1, 1), "
-        "slope from 0.25. A training succeeds when all four outputs are on the right side of 0.5. All trainings of a "
-        "model, at all learning rates, run as one."
+        "Inputs ±1, mean squared error on targets 0 and 1, Adam on the full batch of four, parameters from U(−1, "
+        "1), slope from 0.25. A training succeeds when all four outputs are on the right side of 0.5. All "
+        "trainings of a model, at all learning rates, run as one."
     )
 
     trials: int = 500

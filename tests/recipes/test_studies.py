@@ -199,3 +199,21 @@ def test_pages_are_written_anew_from_their_numbers(tmp_path: Path) -> None:
     assert studies.cli(["--docs", str(tmp_path)]) == 0
     assert (tmp_path / "studies" / "xor.md").read_text() == (DOCS / "xor.md").read_text()
     assert "XOR" in (tmp_path / "studies" / "index.md").read_text()
+
+
+def test_an_activation_that_cannot_be_batched_trains_too() -> None:
+    torch.manual_seed(0)
+    stack = Stack([nn.Sequential(nn.Linear(6, 8), nn.RReLU(), nn.Linear(8, 3)) for _ in range(2)])
+    x = torch.randn(30, 6)
+    before = stack.params["0.weight"].detach().clone()
+    fit(stack, SGD(stack.params, 0.1), x, (x[:, 0] > 0).long(), [0, 1], steps=40, batch=10)
+    assert not torch.equal(before[1], stack.params["0.weight"][1])
+    assert min(accuracy(stack, x, (x[:, 0] > 0).long())) > 80
+
+
+def test_clipped_gradients_have_the_norm_that_was_asked_for() -> None:
+    start = {"a": torch.tensor([[3.0, 4.0], [0.03, 0.04]], requires_grad=True)}
+    optimizer = SGD(start, 1.0, clip=0.5)
+    optimizer.step((start["a"] ** 2 / 2).sum())
+    torch.testing.assert_close(start["a"].detach()[0], torch.tensor([3.0 - 0.3, 4.0 - 0.4]))
+    torch.testing.assert_close(start["a"].detach()[1], torch.zeros(2))
