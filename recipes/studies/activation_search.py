@@ -86,8 +86,8 @@ class ActivationSearch(Study):
 
     @classmethod
     def quick(cls, **options: object) -> ActivationSearch:
-        small = {"candidates": 150, "child": Child((24, 24), 80), "rounds": 3, "writes": 12, "keep": 6, "seeds": 4}
-        final = {"finalists": 2, "large": Child((32, 32, 32), 120), "final_seeds": 6, "margin": 1.0}
+        small = {"candidates": 800, "child": Child((24, 24), 80), "rounds": 4, "writes": 16, "keep": 12, "seeds": 6}
+        final = {"finalists": 2, "large": Child((48, 48, 48), 200), "final_seeds": 10, "margin": 1.0}
         return cls(**{**small, **final, **options})  # type: ignore[arg-type]
 
     def measure(self, journal: Journal) -> Data:
