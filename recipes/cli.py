@@ -277,7 +277,7 @@ class DNR:
 def _dnr(arguments: list[str]) -> None:
     from ap import measure_dnr
     from recipes import plots
-    from recipes.engine import Resident
+    from recipes.resident import Resident
     from recipes.storage import write_json
 
     options = tyro.cli(DNR, args=arguments, prog="python -m recipes dnr")

@@ -1,8 +1,7 @@
 """One training run, the same code on a CPU and on a GPU.
 
-The data set stays on the device as bytes and is augmented there; the order of the images and their augmentation depend
-on the seed and the epoch only, so that all arms of a seed see the same. Nothing is read back to the host in a step on a
-GPU except every `CHECK_EVERY` steps, to see whether the loss is still finite.
+Nothing is read back to the host in a step on a GPU except every `CHECK_EVERY` steps, to see whether the loss is still
+finite.
 """
 
 from __future__ import annotations
@@ -10,22 +9,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ap.activations import param_groups
-from recipes.config import Experiment, Span
-from recipes.data import ImageData, ImageSet
+from recipes.config import Experiment
+from recipes.data import ImageData
+from recipes.resident import PADDING, Plan, Resident, derived_seed
+from recipes.schedule import Schedule
 
 CHECK_EVERY = 50
-PADDING = 4  # of random crops, as in the published CIFAR recipes
-EVAL_BATCH = 1000
 
 
 class Diverged(FloatingPointError):
@@ -46,127 +43,6 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def derived_seed(*numbers: int) -> int:
-    """One well-mixed seed from several numbers.
-
-    >>> derived_seed(0, 1) == derived_seed(0, 1), derived_seed(0, 1) == derived_seed(1, 0)
-    (True, False)
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class Resident:
-    """Images on the device as bytes, [N, H, W, C] so that a batch comes out in channels_last without a copy.
-
-    Args:
-        images: the set.
-        data: where it is from; its mean and deviation normalise each batch.
-        device: where it is to stay.
-        augment: "none" or "crop-flip".
-    """
-
-    def __init__(self, images: ImageSet, data: ImageData, device: torch.device, augment: str = "none") -> None:
-        self.augment = augment
-        self.size = data.image_size
-        pixels = images.images.permute(0, 2, 3, 1).contiguous()
-        if augment == "crop-flip":
-            pixels = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))
-        self.images = pixels.to(device)
-        self.labels = images.labels.to(device)
-        self.mean = torch.tensor(data.mean, device=device)
-        self.scale = 1 / torch.tensor(data.std, device=device)
-        self.range = torch.arange(self.size, device=device)
-
-    def __len__(self) -> int:
-        return int(self.labels.shape[0])
-
-    def epoch(self, seed: int, epoch: int) -> Plan:
-        """The order and the augmentation of one epoch. Drawn on the CPU: the same on every device."""
-        generator = torch.Generator().manual_seed(derived_seed(seed, epoch, 1))
-        device = self.labels.device
-        order = torch.randperm(len(self), generator=generator)
-        if self.augment == "none":
-            return Plan(order.to(device), None)
-        offsets = torch.randint(0, 2 * PADDING + 1, (2, len(self)), generator=generator)
-        mirrored = torch.randint(0, 2, (1, len(self)), generator=generator)
-        return Plan(order.to(device), torch.cat([offsets, mirrored]).to(device))
-
-    def batch(self, plan: Plan, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Positions start … stop of the epoch: images float32 [n, C, H, W] (channels_last) and labels [n]."""
-        index = plan.order[start:stop]
-        if plan.offsets is None:
-            pixels = self.images[index]
-        else:
-            top, left, mirrored = plan.offsets[:, start:stop]
-            rows = top[:, None] + self.range
-            columns = torch.where(mirrored[:, None] == 1, self.size - 1 - self.range, self.range) + left[:, None]
-            pixels = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return self._normalised(pixels), self.labels[index]
-
-    def batches(self, size: int = EVAL_BATCH, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images (or the first `limit`) in order, without augmentation."""
-        count = len(self) if limit is None else min(limit, len(self))
-        inner = slice(PADDING, PADDING + self.size) if self.augment == "crop-flip" else slice(None)
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            yield self._normalised(self.images[start:stop, inner, inner]), self.labels[start:stop]
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        return pixels.float().sub_(self.mean).mul_(self.scale).permute(0, 3, 1, 2)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One epoch: the order of the images [N], and top, left and mirroring of each position [3, N]."""
-
-    order: Tensor
-    offsets: Tensor | None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate of every step.
-
-    Warm-up is linear from 0; each milestone that has passed multiplies the rate by gamma and wins over what is left of
-    the warm-up; "cosine" and "linear" fall to 0 at the last step.
-
-    >>> schedule = Schedule(lr=1.0, total=10, warmup=4, kind="steps", milestones=(3,), gamma=0.1)
-    >>> [round(schedule(step), 3) for step in range(5)]
-    [0.25, 0.5, 0.75, 0.1, 0.1]
-    """
-
-    lr: float
-    total: int
-    warmup: int = 0
-    kind: str = "constant"
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-
-    def __call__(self, step: int) -> float:
-        """The rate that the step with this number (from 0) is made with."""
-        passed = sum(step >= milestone for milestone in self.milestones)
-        if passed:
-            return self.lr * self.gamma**passed
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.total - self.warmup)
-        if self.kind == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.lr * (1 - progress) if self.kind == "linear" else self.lr
-
-    @classmethod
-    def of(cls, config: Experiment, steps_per_epoch: int, cycle: int) -> Schedule:
-        """The schedule of the trainings of this cycle."""
-        return cls(
-            lr=config.training_lr(cycle),
-            total=config.training_epochs(cycle) * steps_per_epoch,
-            warmup=Span.parse(config.warmup).steps(steps_per_epoch),
-            kind=config.schedule,
-            milestones=tuple(Span.parse(text).steps(steps_per_epoch) for text in config.milestones),
-            gamma=config.gamma,
-        )
 
 
 class Engine:

@@ -9,7 +9,9 @@ from torch import nn
 
 from recipes.config import Experiment
 from recipes.data import load
-from recipes.engine import PADDING, Engine, Resident, Schedule
+from recipes.engine import Engine
+from recipes.resident import PADDING, Resident
+from recipes.schedule import Schedule
 from recipes.models import create
 
 
