@@ -10,9 +10,9 @@ from torch import nn
 from recipes.config import Experiment
 from recipes.data import load
 from recipes.engine import Engine
+from recipes.models import create
 from recipes.resident import PADDING, Resident
 from recipes.schedule import Schedule
-from recipes.models import create
 
 
 def test_crops_and_mirroring_against_one_image_at_a_time():
