@@ -156,7 +156,7 @@ class Counts:
 
         Args:
             shape: the unit's shape in this batch.
-            hits: integers [*shape]: for how many inputs a unit was alive; None for all of them.
+            hits: integers `[*shape]`: for how many inputs a unit was alive; None for all of them.
             batch: the number of inputs.
             counted_dead: `hits` says for how many a unit was dead.
         """
