@@ -1,7 +1,7 @@
 """A data set that stays on the device, as bytes, and is augmented there.
 
-The order of the images and their augmentation depend on the seed and the epoch only, so that all arms of a seed see the
-same.
+The order of the images and all of their augmentation depend on the seed and the epoch only, so that all arms of a seed
+see the same, however the images of a step are split over micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,21 @@ def derived_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch: the order of the images [N], and top, left and mirroring of each position [3, N]."""
+    """One epoch, drawn on the CPU.
+
+    Attributes:
+        order: which image is at each position, [N].
+        offsets: top, left and mirroring of each position, [3, N].
+        holes: row and column of the top left corner of each position's cut-out, [2, N]; it may lie outside.
+        partners: the position that each one is mixed with, [N].
+        shares: how much of the mixture is the partner, float32 in [0, 1], [N].
+    """
 
     order: Tensor
-    offsets: Tensor | None
+    offsets: Tensor | None = None
+    holes: Tensor | None = None
+    partners: Tensor | None = None
+    shares: Tensor | None = None
 
 
 class Resident:
@@ -45,11 +56,23 @@ class Resident:
         data: where it is from; its mean and deviation normalise each batch.
         device: where it is to stay.
         augment: "none" or "crop-flip".
+        cutout: the side in pixels of a square that is blanked (DeVries & Taylor 2017), centred anywhere in the image
+            and so partly outside of it at times; 0 for none.
+        mixup: alpha: each image, and its label, is mixed with another one of the epoch, by a share from
+            Beta(alpha, alpha) (Zhang et al. 2018); 0 for none.
     """
 
-    def __init__(self, images: ImageSet, data: ImageData, device: torch.device, augment: str = "none") -> None:
-        self.augment = augment
-        self.size = data.image_size
+    def __init__(
+        self,
+        images: ImageSet,
+        data: ImageData,
+        device: torch.device,
+        augment: str = "none",
+        cutout: int = 0,
+        mixup: float = 0.0,
+    ) -> None:
+        self.augment, self.cutout, self.mixup = augment, cutout, mixup
+        self.size, self.classes = data.image_size, data.num_classes
         pixels = images.images.permute(0, 2, 3, 1).contiguous()
         if augment == "crop-flip":
             pixels = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))
@@ -65,21 +88,35 @@ class Resident:
     def epoch(self, seed: int, epoch: int) -> Plan:
         """The order and the augmentation of one epoch. Drawn on the CPU: the same on every device."""
         generator = torch.Generator().manual_seed(derived_seed(seed, epoch, 1))
-        device = self.labels.device
-        order = torch.randperm(len(self), generator=generator)
-        if self.augment == "none":
-            return Plan(order.to(device), None)
-        offsets = torch.randint(0, 2 * PADDING + 1, (2, len(self)), generator=generator)
-        mirrored = torch.randint(0, 2, (1, len(self)), generator=generator)
-        return Plan(order.to(device), torch.cat([offsets, mirrored]).to(device))
+        count = len(self)
+        parts: dict[str, Tensor] = {"order": torch.randperm(count, generator=generator)}
+        if self.augment == "crop-flip":
+            offsets = torch.randint(0, 2 * PADDING + 1, (2, count), generator=generator)
+            mirrored = torch.randint(0, 2, (1, count), generator=generator)
+            parts["offsets"] = torch.cat([offsets, mirrored])
+        # Each with a generator of its own, so that an option does not change what the others draw.
+        if self.cutout:
+            generator.manual_seed(derived_seed(seed, epoch, 4))
+            parts["holes"] = torch.randint(0, self.size, (2, count), generator=generator) - self.cutout // 2
+        if self.mixup:
+            drawn = np.random.default_rng(derived_seed(seed, epoch, 5))
+            parts["partners"] = torch.from_numpy(drawn.permutation(count))
+            parts["shares"] = torch.from_numpy(drawn.beta(self.mixup, self.mixup, count).astype(np.float32))
+        return Plan(**{name: part.to(self.labels.device) for name, part in parts.items()})
 
     def batch(self, plan: Plan, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Positions start … stop of the epoch: images float32 [n, C, H, W] (channels_last) and labels [n]."""
-        index = plan.order[start:stop]
-        if plan.offsets is None:
+        return self.gather(*plan.part(start, stop))
+
+    def gather(self, index: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The images of these indices [n], cropped and mirrored as the offsets [3, n] say, and their labels.
+
+        Tensor operations of fixed sizes only: they can be captured in a graph.
+        """
+        if offsets is None:
             pixels = self.images[index]
         else:
-            top, left, mirrored = plan.offsets[:, start:stop]
+            top, left, mirrored = offsets
             rows = top[:, None] + self.range
             columns = torch.where(mirrored[:, None] == 1, self.size - 1 - self.range, self.range) + left[:, None]
             pixels = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
