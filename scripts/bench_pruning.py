@@ -1,117 +1,132 @@
-"""One global pruning of 20 % of a ResNet-50-sized model, against the alternatives, one CPU thread.
+"""One global pruning of 20 % of a model's weights by magnitude, at four sizes, against the alternatives.
 
-    python scripts/bench_pruning.py [--rounds 7] [--device cuda] [--json FILE]
-
-Also measured: the memory that the ranking needs beside the scores, at two sizes.
+python scripts/bench_pruning.py [--rounds 5] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import resource
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from benchmark import compare, machine, save
-from torch import nn
+import torchvision.models
+from benchmark import Row, aim, arguments, bandwidth, bound, by_name, compare, machine, parse, peak_bytes, save
+from torch import Tensor, nn
 from torch.nn.utils import prune
-from torchvision.models import resnet50
 
+import pruners
+import recipes.models
 from ap import Masks
-from ap.ranking import LazyScores, lowest
+from ap.ranking import lowest
 
-
-def weights_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet-20": lambda: recipes.models.create("resnet20"),
+    "ResNet-50": torchvision.models.resnet50,
+    "ViT-B/16": torchvision.models.vit_b_16,
+    "ViT-L/16": torchvision.models.vit_l_16,
+}
+# What pruning by magnitude cannot avoid, in bytes a weight: to rank, read the weights (4) and the mask (1); to zero,
+# read and write the weights (8) and the mask (2).
+TRAFFIC = 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    model = resnet50().to(options.device)
-    layers = weights_of(model)
-    total = sum(layer.weight.numel() for layer in layers)
-    print(f"{total:,} weights; {machine(options.device)}\n")
-    fresh = [layer.weight.detach().clone() for layer in layers]
+    options = parse(arguments(__doc__, rounds=7))
+    rows: list[Row] = []
+    bounds: list[Row] = []
+    for name, create in list(MODELS.items())[: 2 if options.quick else None]:
+        model = create().to(options.device)
+        masks = Masks(model)
+        label = f"{name}, {masks.total / 1e6:.2f} M weights"
+        large = masks.total > 50_000_000
+        rows += measure(model, masks, label, options.device, min(options.rounds, 3) if large else options.rounds)
+        taken = float(by_name(rows, "pruners: magnitude", label)["median_s"])
+        speed = bandwidth(options.device)
+        what = f"{TRAFFIC} bytes a weight: weights and masks read to rank, read and written to zero"
+        bounds.append(bound(f"global pruning, {label}", what, TRAFFIC * masks.total, taken, speed))
+        del model, masks
+    resnet50 = f"{rows[4]['setting']}"
+    mine = by_name(rows, "pruners: magnitude", resnet50)
+    numpy = by_name(rows, "NumPy percentile", resnet50)
+    sizes = (1_000_000, 5_000_000) if options.quick else (25_000_000, 300_000_000)
+    extra = max(extra_mib(size, options.device) for size in sizes)
+    aims = [
+        aim("prune-torch", "time of a global pruning of a ResNet-50, of torch.nn.utils.prune's", mine["ratio"], 1 / 12),
+        aim("prune-numpy", "the same, of one NumPy percentile's", mine["ratio"] / numpy["ratio"], 1),
+        aim(
+            "prune-memory",
+            f"ranking's memory beside scores and result, {sizes[1] / 1e6:.0f} M weights",
+            extra,
+            64,
+            "MiB",
+        ),
+    ]
+    save(
+        options.json,
+        title="Global pruning of 20 % by magnitude",
+        about="Ranking and zeroing, masks included; the model is restored between the calls, outside of the time.",
+        machine=machine(options.device),
+        rows=rows,
+        aims=aims,
+        bounds=bounds,
+    )
 
-    def reset() -> None:
-        with torch.no_grad():
-            for layer, weight in zip(layers, fresh, strict=True):
-                layer.weight.copy_(weight)
 
-    masks = Masks(model)
+def measure(model: nn.Module, masks: Masks, label: str, device: str, rounds: int) -> list[Row]:
+    """Ours against three alternatives, on one model that is restored before each call."""
+    owners = [(masks.module(name), name.rpartition(".")[2]) for name in masks]
+    weights = [masks.weight(name) for name in masks]
+    before = [weight.detach().clone() for weight in weights]
+    magnitude = pruners.create("magnitude")
 
-    def ours() -> None:
-        for name in masks:
+    @torch.no_grad()
+    def restore() -> None:
+        for (module, attribute), name, value in zip(owners, masks, before, strict=True):
+            if prune.is_pruned(module) and f"{attribute}_mask" in module._buffers:
+                prune.remove(module, attribute)
+            masks.weight(name).copy_(value)
             masks[name].fill_(True)
-        masks.prune(LazyScores(masks.names, lambda name: masks.weight(name).detach().abs()), amount=0.2)
-        reset()
 
-    def torch_prune() -> None:
-        prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=0.2)
-        for layer in layers:
-            prune.remove(layer, "weight")
-        reset()
+    def ours(_: None) -> None:
+        magnitude.prune(model, masks, amount=0.2)
 
-    def by_threshold(threshold: float) -> None:
-        with torch.no_grad():
-            for layer in layers:
-                layer.weight.mul_(layer.weight.abs() > threshold)
-        reset()
+    def torch_prune(_: None) -> None:
+        prune.global_unstructured(owners, prune.L1Unstructured, amount=0.2)
 
-    def numpy_percentile() -> None:
-        values = np.concatenate([layer.weight.detach().abs().cpu().numpy().ravel() for layer in layers])
-        by_threshold(float(np.percentile(values, 20)))
+    @torch.no_grad()
+    def zero_up_to(threshold: float) -> None:
+        for weight in weights:
+            weight.mul_(weight.abs() > threshold)
 
-    def kthvalue() -> None:
-        values = torch.cat([layer.weight.detach().abs().view(-1) for layer in layers])
-        by_threshold(float(torch.kthvalue(values, round(0.2 * total)).values))
+    def numpy_percentile(_: None) -> None:
+        values = np.concatenate([weight.detach().abs().cpu().numpy().ravel() for weight in weights])
+        zero_up_to(float(np.percentile(values, 20)))
 
-    candidates = {
-        "ap.Masks.prune": ours,
+    def kthvalue(_: None) -> None:
+        values = torch.cat([weight.detach().abs().view(-1) for weight in weights])
+        zero_up_to(float(torch.kthvalue(values, round(0.2 * len(values))).values))
+
+    candidates: dict[str, Callable[[None], None]] = {
+        "pruners: magnitude": ours,
         "NumPy percentile": numpy_percentile,
         "torch.kthvalue": kthvalue,
         "torch.nn.utils.prune": torch_prune,
     }
-    rows = compare(candidates, "torch.nn.utils.prune", rounds=options.rounds, device=options.device)
-    memory = []
-    if options.device == "cpu":
-        print("\nmemory beside the scores and the result, by the resident memory of the process (MiB)")
-        for size in (25_000_000, 200_000_000):
-            memory.append({"weights": size, "extra_mib": extra_memory(size)})
-            print(f"{size:12,} weights: {memory[-1]['extra_mib']:.1f}")
-    save(options.json, machine=machine(options.device), weights=total, rows=rows, memory=memory)
+    return compare(
+        candidates, "torch.nn.utils.prune", rounds, device, setting=label, memory=True, fresh=restore, warmup=1
+    )
 
 
-def extra_memory(size: int) -> float:
-    """Peak growth of the resident memory during a selection, less what it returns, which is a byte a weight."""
+def extra_mib(size: int, device: str) -> float:
+    """Peak growth of the memory during a selection, less what it returns, which is a byte a weight."""
     pieces = 8
-    scores = {str(i): torch.randn(size // pieces) for i in range(pieces)}
-    eligible = {name: torch.rand(len(score)) < 0.9 for name, score in scores.items()}
-    result: dict[str, torch.Tensor] = {}
-    with ThreadPoolExecutor(1) as pool:
-        before = resident()
-        job = pool.submit(lowest, scores, eligible, size // 5)
-        peak = before
-        while not job.done():
-            peak = max(peak, resident())
-            time.sleep(0.001)
-        result = job.result()
-    return max(0, peak - before - sum(chosen.numel() for chosen in result.values())) / 2**20
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    scores = {str(i): torch.randn(size // pieces, device=device) for i in range(pieces)}
+    eligible = {name: torch.rand(len(score), device=device) < 0.9 for name, score in scores.items()}
+    result: dict[str, Tensor] = {}
+    peak = peak_bytes(lambda: result.update(lowest(scores, eligible, size // 5)), device)
+    if peak is None:
+        return float("nan")
+    return max(0, peak - sum(chosen.numel() for chosen in result.values())) / 2**20
 
 
 if __name__ == "__main__":
