@@ -7,7 +7,6 @@ finite.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from ap.activations import param_groups
 from recipes.config import Experiment
 from recipes.data import ImageData
-from recipes.resident import PADDING, Plan, Resident, derived_seed
+from recipes.resident import Resident, derived_seed
 from recipes.schedule import Schedule
+from recipes.step import Step
 
 CHECK_EVERY = 50
 
@@ -87,6 +87,10 @@ class Engine:
         """Cross-entropy, without smoothing: what pruners that need a loss are given, and what is reported."""
         return F.cross_entropy(outputs.float(), targets)
 
+    def training_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What training minimises."""
+        return F.cross_entropy(outputs, targets, label_smoothing=self.config.label_smoothing)
+
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer, fused, without decay on activations' own parameters."""
         config = self.config
@@ -98,14 +102,9 @@ class Engine:
 
     def score_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Training images without augmentation, for pruners and criteria that need data; the same for every arm."""
-        plan = Plan(self.train_set.epoch(self.seed, 0).order, None)
-        size, count = self.config.batch_size, self.config.score_batches
-        if self.train_set.augment == "crop-flip":
-            centre = torch.tensor([[PADDING], [PADDING], [0]], device=self.device).expand(3, len(self.train_set))
-            plan = Plan(plan.order, centre)
-        return [
-            self.train_set.batch(plan, i * size, (i + 1) * size) for i in range(min(count, len(self.train_set) // size))
-        ]
+        order, size = self.train_set.epoch(self.seed, 0).order, self.config.batch_size
+        count = min(self.config.score_batches, len(order) // size)
+        return [self.train_set.plain(order[i * size : (i + 1) * size]) for i in range(count)]
 
     def probe_batches(self) -> list[tuple[Tensor, Tensor]]:
         """The held-out images that dead neurons are counted on: of the validation set, or the test set without one."""
@@ -150,10 +149,18 @@ class Training:
         self.last_loss: float | None = None
         self.optimizer = engine.optimizer(model, self.schedule(start_step))
         self.seconds = 0.0
-        self._loss_sum = torch.zeros((), device=engine.device)
         self._loss_steps = 0
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=engine.device)
-        self._forward = torch.compile(model) if engine.config.compile else model
+        self._start = start_step
+        forward = torch.compile(model) if engine.config.compile else model
+        self._make = Step(
+            model,
+            forward,
+            self.optimizer,
+            engine.train_set.gather,
+            engine.training_loss,
+            engine.autocast,
+            engine.device,
+        )
         # Dropout and the like: the same draws in every arm, and in a training that is continued (see state_dict).
         torch.manual_seed(derived_seed(engine.seed, cycle, 2))
 
@@ -178,7 +185,6 @@ class Training:
         """
         engine, size = self.engine, self.engine.config.batch_size
         on_cpu = engine.device.type == "cpu"
-        smoothing = engine.config.label_smoothing
         plan = engine.train_set.epoch(engine.seed, self.epoch)
         end = min((self.epoch + 1) * engine.steps_per_epoch, self.schedule.total)
         self.model.train()
@@ -186,43 +192,29 @@ class Training:
         try:
             while self.step < end:
                 place = self.step % engine.steps_per_epoch * size
-                x, y = engine.train_set.batch(plan, place, place + size)
+                inputs = plan.part(place, place + size)
                 rate = self.schedule(self.step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                with engine.autocast():
-                    outputs = self._forward(x)
-                loss = F.cross_entropy(outputs.float(), y, label_smoothing=smoothing)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if on_cpu and not math.isfinite(loss.item()):  # before the step spoils all weights
-                    raise self._diverged(self.step, x, rate)
-                self.optimizer.step()
-                self._note(loss.detach())
+                if not self._make(inputs, rate):
+                    raise self._diverged(self.step, inputs, rate)
+                self._loss_steps += 1
                 self.step += 1
-                if not on_cpu and (self.step % CHECK_EVERY == 0 or self.step == end) and int(self._bad_step) >= 0:
-                    raise self._diverged(int(self._bad_step), x, rate)
+                if not on_cpu and (self.step % CHECK_EVERY == 0 or self.step == end) and int(self._make.bad) >= 0:
+                    raise self._diverged(self._start + int(self._make.bad), inputs, rate)
                 after_step(self.step)
                 if self.step == end and not _all_finite(self.model):  # no later loss would show the last step's damage
-                    raise self._diverged(self.step - 1, x, rate, "the model")
+                    raise self._diverged(self.step - 1, inputs, rate, "the model")
         finally:
             self.seconds += time.perf_counter() - began
         return self._close_epoch()
 
     def _close_epoch(self) -> float:
-        self.last_loss = float(self._loss_sum) / max(1, self._loss_steps)
-        self._loss_sum.zero_()
+        self.last_loss = float(self._make.loss_sum) / max(1, self._loss_steps)
+        self._make.loss_sum.zero_()
         self._loss_steps = 0
         return self.last_loss
 
-    def _note(self, loss: Tensor) -> None:
-        self._loss_sum += loss
-        self._loss_steps += 1
-        if loss.device.type != "cpu":
-            first = ~torch.isfinite(loss) & (self._bad_step < 0)
-            self._bad_step.masked_fill_(first, self.step)
-
-    def _diverged(self, step: int, x: Tensor, rate: float, what: str = "the loss") -> Diverged:
+    def _diverged(self, step: int, inputs: tuple[Tensor, ...], rate: float, what: str = "the loss") -> Diverged:
+        x, _ = self.engine.train_set.gather(*inputs)
         return Diverged(
             f"{what} is not finite at step {step} (epoch {step // self.engine.steps_per_epoch}), learning rate "
             f"{rate:g}: {_first_bad_layer(self.model, x)}. Lower --lr, or lengthen --warmup"
@@ -234,7 +226,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "loss_sum": self._loss_sum,
+            "loss_sum": self._make.loss_sum,
             "loss_steps": self._loss_steps,
             "last_loss": self.last_loss,
             "seconds": self.seconds,
@@ -249,7 +241,8 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.last_loss, self.seconds = state["step"], state["last_loss"], state["seconds"]
-        self._loss_sum.copy_(state["loss_sum"])
+        self._start = self.step
+        self._make.loss_sum.copy_(state["loss_sum"])
         self._loss_steps = state["loss_steps"]
         if self._loss_steps and (self.done or self.step % self.engine.steps_per_epoch == 0):
             self._close_epoch()  # it was stopped right after an epoch's last step

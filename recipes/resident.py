@@ -47,6 +47,17 @@ class Plan:
     partners: Tensor | None = None
     shares: Tensor | None = None
 
+    def part(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """What says which images positions start … stop get, and how they are augmented: see `Resident.gather`."""
+        own = self._at(slice(start, stop))
+        if self.partners is None or self.shares is None:
+            return own
+        return (*own, *self._at(self.partners[start:stop]), self.shares[start:stop])
+
+    def _at(self, positions: slice | Tensor) -> tuple[Tensor, ...]:
+        parts = (self.order[positions], *(t[:, positions] for t in (self.offsets, self.holes) if t is not None))
+        return parts
+
 
 class Resident:
     """Images on the device as bytes, [N, H, W, C] so that a batch comes out in channels_last without a copy.
@@ -105,30 +116,53 @@ class Resident:
         return Plan(**{name: part.to(self.labels.device) for name, part in parts.items()})
 
     def batch(self, plan: Plan, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Positions start … stop of the epoch: images float32 [n, C, H, W] (channels_last) and labels [n]."""
+        """Positions start … stop of the epoch: images float32 [n, C, H, W] (channels_last), and labels int64 [n].
+
+        With mixup the labels are the classes' shares, float32 [n, classes], which the cross-entropy takes as well.
+        """
         return self.gather(*plan.part(start, stop))
 
-    def gather(self, index: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The images of these indices [n], cropped and mirrored as the offsets [3, n] say, and their labels.
+    def gather(self, *part: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and labels that a part of this set's plan stands for.
 
         Tensor operations of fixed sizes only: they can be captured in a graph.
         """
-        if offsets is None:
+        if not self.mixup:
+            return self._augmented(*part)
+        half = len(part) // 2
+        share = part[-1]
+        images, labels = self._augmented(*part[:half])
+        others, other_labels = self._augmented(*part[half:-1])
+        targets = (F.one_hot(of, self.classes).float() for of in (labels, other_labels))
+        return images.lerp(others, share[:, None, None, None]), torch.lerp(*targets, share[:, None])
+
+    def _augmented(self, index: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        if self.augment == "none":
             pixels = self.images[index]
         else:
-            top, left, mirrored = offsets
+            top, left, mirrored = drawn[0]
             rows = top[:, None] + self.range
             columns = torch.where(mirrored[:, None] == 1, self.size - 1 - self.range, self.range) + left[:, None]
             pixels = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return self._normalised(pixels), self.labels[index]
+        images = self._normalised(pixels)
+        if self.cutout:
+            inside = self.range - drawn[-1][:, :, None]  # [2, n, H or W], counted from the hole's corner
+            rows, columns = (inside >= 0) & (inside < self.cutout)
+            images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)  # the mean pixel
+        return images, self.labels[index]
+
+    def plain(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Images without augmentation, and labels."""
+        pixels = self.images[which]
+        if self.augment == "crop-flip":
+            pixels = pixels[:, PADDING : PADDING + self.size, PADDING : PADDING + self.size]
+        return self._normalised(pixels), self.labels[which]
 
     def batches(self, size: int = EVAL_BATCH, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images (or the first `limit`) in order, without augmentation."""
         count = len(self) if limit is None else min(limit, len(self))
-        inner = slice(PADDING, PADDING + self.size) if self.augment == "crop-flip" else slice(None)
         for start in range(0, count, size):
-            stop = min(start + size, count)
-            yield self._normalised(self.images[start:stop, inner, inner]), self.labels[start:stop]
+            yield self.plain(slice(start, min(start + size, count)))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return pixels.float().sub_(self.mean).mul_(self.scale).permute(0, 3, 1, 2)
