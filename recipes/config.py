@@ -135,6 +135,8 @@ class Experiment:
     """For a folder of images: the side in pixels they are resized to."""
     val: float | None = None
     """The share (below 1) or number of training images held out for validation; the data set's own default if None."""
+    train_images: int | None = None
+    """Train on this many images only, every class in its share: for trying something out. All if None."""
     probe: int = 1000
     """How many of the held-out images dead neurons are counted on."""
 
@@ -201,7 +203,7 @@ class Experiment:
             _at_least(name, getattr(self, name), 1)
         for name in ("cycles", "first_seed", "monitor_every"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("threads", "finetune_epochs"):
+        for name in ("threads", "finetune_epochs", "train_images"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         for name, most in _MOST.items():

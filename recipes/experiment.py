@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,15 @@ def jobs(config: Experiment) -> list[Job]:
     return [Job(arm, seed) for seed in config.seed_list for arm in config.arms]
 
 
-def prepare(config: Experiment, out: Path) -> int:
+def prepare(config: Experiment, out: Path, side_by_side: int | None = None) -> int:
     """Writes the experiment's configuration into its folder, or checks the one that is there.
+
+    An experiment grows where the one asked for has more seeds or arms and is otherwise the same: what is done stays.
+
+    Args:
+        config: the experiment.
+        out: its folder.
+        side_by_side: how many runs share the machine; all of the experiment's on a CPU, if not given.
 
     Returns:
         The number of CPU threads of each run. It is decided once and kept in the folder, because the last bits of sums
@@ -72,17 +79,26 @@ def prepare(config: Experiment, out: Path) -> int:
     """
     path = out / "experiment.json"
     if path.exists():
-        saved = read_json(path)
-        odd = differences(saved.get("experiment", {}), config.to_dict())
-        if odd:
+        saved, before = read_json(path), load(out)
+        odd = differences(before.to_dict(), config.to_dict())
+        if odd and not _grows(before, config):
             raise FolderError(f"{out} holds another experiment ({'; '.join(odd)}): choose another --out")
+        if odd:
+            write_json(path, {**saved, "experiment": config.to_dict()})
         return int(saved["threads"])
     if out.exists() and any(child.name != ".lock" for child in out.iterdir()):
         raise FolderError(f"{out} is not empty, and not the folder of an experiment: choose another --out")
-    side_by_side = 1 if device_of(config.device).type != "cpu" else len(jobs(config))
+    if side_by_side is None:
+        side_by_side = 1 if device_of(config.device).type != "cpu" else len(jobs(config))
     threads = config.threads or max(1, _cores() // side_by_side)
     write_json(path, {"schema": SCHEMA, "experiment": config.to_dict(), "threads": threads})
     return threads
+
+
+def _grows(before: Experiment, wanted: Experiment) -> bool:
+    """Whether `wanted` has all runs of the experiment before, and more."""
+    same = replace(wanted, ap=before.ap, seeds=before.seeds, first_seed=before.first_seed) == before
+    return same and set(jobs(before)) < set(jobs(wanted))
 
 
 def _cores() -> int:
@@ -171,8 +187,15 @@ def is_done(out: Path, job: Job) -> bool:
     return False
 
 
-def execute(config: Experiment, out: Path, say: Say, threads: int, workers: int | None = None) -> None:
-    """Runs what is left of an experiment.
+def execute(
+    config: Experiment,
+    out: Path,
+    say: Say,
+    threads: int,
+    workers: int | None = None,
+    only: Collection[Job] | None = None,
+) -> None:
+    """Runs what is left of an experiment, or of some of its runs.
 
     On a CPU several runs go side by side, one process each, with this many threads; on a GPU one after the other.
 
@@ -181,7 +204,7 @@ def execute(config: Experiment, out: Path, say: Say, threads: int, workers: int 
         Failed: a run diverged or broke; the others went on.
     """
     check(config)
-    left = [job for job in jobs(config) if not is_done(out, job)]
+    left = [job for job in (jobs(config) if only is None else only) if not is_done(out, job)]
     if not left:
         return
     on_gpu = device_of(config.device).type != "cpu"
@@ -231,8 +254,10 @@ def load_data(config: Experiment) -> Any:
     """The experiment's data set."""
     options: dict[str, Any] = {"download": config.download, "val": config.val}
     if config.data_is_folder:
-        return data_sets.load("folder", root=config.data, size=config.image_size, **options)
-    return data_sets.load(config.data, root=config.data_root, size=config.image_size, **options)
+        data = data_sets.load("folder", root=config.data, size=config.image_size, **options)
+    else:
+        data = data_sets.load(config.data, root=config.data_root, size=config.image_size, **options)
+    return data if config.train_images is None else data.with_train_images(config.train_images)
 
 
 def build(config: Experiment, data: Any, seed: int) -> nn.Module:

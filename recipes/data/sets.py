@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,16 @@ class ImageData:
     def image_size(self) -> int:
         """Height, which is also the width, in pixels."""
         return int(self.train.images.shape[-1])
+
+    def with_train_images(self, count: int) -> ImageData:
+        """The same with the first `count` training images only, which have each class in its share.
+
+        Raises DataError if there are fewer.
+        """
+        if not 1 <= count <= len(self.train):
+            raise DataError(f"{self.name}: --train-images must be 1 to {len(self.train):,}, not {count:,}")
+        part = ImageSet(self.train.images[:count], self.train.labels[:count])
+        return replace(self, train=part)
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 [N, C, H, W] to zero mean and unit variance a channel, on the images' device.

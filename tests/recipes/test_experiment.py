@@ -120,6 +120,35 @@ def test_another_configuration_is_refused(finished, capsys):
     assert len(error.strip().splitlines()) == 1
 
 
+def test_more_seeds_and_arms_continue_an_experiment_and_fewer_do_not(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    short = ["--cycles", "1", "--epochs", "1", "--out", str(out), "--quiet"]
+    assert main(["run", "quickstart", *short, "--seeds", "1", "--ap", "none"]) == 0
+    before = metrics(out)
+    stamp = (out / "none-seed0/metrics.jsonl").stat().st_mtime_ns
+    assert main(["run", "quickstart", *short, "--seeds", "2", "--ap", "none", "lite"]) == 0
+    after = metrics(out)
+    assert set(after) == {"none-seed0", "none-seed1", "lite-seed0", "lite-seed1"}
+    assert after["none-seed0"] == before["none-seed0"]
+    assert (out / "none-seed0/metrics.jsonl").stat().st_mtime_ns == stamp
+    assert experiment.load(out).seeds == 2
+    capsys.readouterr()
+    assert main(["run", "quickstart", *short, "--seeds", "1", "--ap", "none", "lite"]) == 2
+    assert "seeds 2 there, 1 here" in capsys.readouterr().err
+    assert main(["run", "quickstart", *short, "--seeds", "3", "--ap", "none", "lite", "--lr", "0.3"]) == 2
+    assert "lr 0.05 there, 0.3 here" in capsys.readouterr().err
+
+
+def test_fewer_training_images(tmp_path, capsys):
+    whole = experiment.load_data(Experiment())
+    data = experiment.load_data(Experiment(train_images=100))
+    assert len(data.train) == 100
+    assert len(data.val) == len(whole.val) == 200
+    assert min(data.train.labels.bincount(minlength=10)) >= 9  # a tenth each, as in the whole set, to within one
+    assert main(["run", "quickstart", "--train-images", "5000", "--dry-run", "--out", str(tmp_path / "run")]) == 2
+    assert "--train-images must be 1 to 1,200, not 5,000" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["run", "quickstart", *SMALL, "--out", str(tmp_path)]) == 2
