@@ -65,12 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _list(arguments: list[str]) -> None:
     _no_more(arguments, "list")
     print("presets                                (python -m recipes run PRESET --dry-run measures the time)")
+    width = max(map(len, presets.PRESETS))
     for name, preset in presets.PRESETS.items():
         config = preset.experiment
         trainings = sum(config.trainings(job.arm) for job in experiment.jobs(config))
         epochs = sum(config.total_epochs(job.arm) for job in experiment.jobs(config))
-        print(f"  {name:24} {preset.about}")
-        print(f"  {'':24} {' '.join(config.ap)} × {config.seeds} seeds: {trainings} trainings, {epochs:,} epochs")
+        print(f"  {name:{width}} {preset.about}")
+        print(f"  {'':{width}} {' '.join(config.ap)} × {config.seeds} seeds: {trainings} trainings, {epochs:,} epochs")
     for title, names in {
         "arms (--ap, variant or variant:criterion)": ["none", "lite", "pro", "solo"],
         "criteria": criteria.names(),
@@ -314,7 +315,8 @@ def _export(arguments: list[str]) -> None:
     named = not arguments[0].startswith("-")
     folder = Path(arguments[0]) if named else Path("RUN")
     default = ExportConfig(out=folder / "export")
-    options = tyro.cli(ExportConfig, args=arguments[1:] if named else arguments, default=default)
+    rest = arguments[1:] if named else arguments
+    options = tyro.cli(ExportConfig, args=rest, default=default, prog=f"python -m recipes export {folder}")
     config, data, model, row = experiment.last_network(folder)
     example = next(Engine(config, data, 0).test_set.batches(size=1))[0].cpu()
     made = {"experiment": config.to_dict(), "last row of its metrics": row}
