@@ -123,6 +123,8 @@ class Experiment:
     """A name of `recipes.models.names()`, or package.module:factory for your own."""
     activation: str | None = None
     """The activation, a name of `ap.activations.names()`; the model's own if not given."""
+    width: float = 1.0
+    """Scales the model's number of channels."""
     weights: str | None = None
     """A file of weights to start from instead of a random initialisation (safetensors or a torch state dict)."""
     data: str = "digits"
@@ -132,7 +134,7 @@ class Experiment:
     download: bool = False
     """Whether missing data may be downloaded."""
     image_size: int | None = None
-    """For a folder of images: the side in pixels they are resized to."""
+    """The side in pixels that a folder's images are resized to, or a data set's are shrunk to (a divisor of theirs)."""
     val: float | None = None
     """The share (below 1) or number of training images held out for validation; the data set's own default if None."""
     train_images: int | None = None
@@ -169,8 +171,22 @@ class Experiment:
     """The factor at each milestone."""
     augment: Literal["data", "none", "crop-flip"] = "data"
     """What training does to images: what the data set says, nothing, or random crops (padding 4) and mirroring."""
+    cutout: int = 0
+    """The side in pixels of a square blanked in each training image, anywhere; 0 for none."""
+    mixup: float = 0.0
+    """Alpha: each training image is mixed with another one by a share from Beta(alpha, alpha); 0 for none."""
     label_smoothing: float = 0.0
     """Label smoothing, in [0, 1)."""
+    clip_norm: float | None = None
+    """Gradients of the living weights are scaled down to this norm where theirs is larger; never if None."""
+    ema: float | None = None
+    """Decay per step of a running mean of the weights, such as 0.999, which is what is kept of each training."""
+    accumulate: int = 1
+    """Each step's images go through the network in this many parts: the same step in less memory."""
+    recover: int = 0
+    """How often a training that diverges may go back to its last good epoch with a smaller learning rate."""
+    recover_factor: float = 0.5
+    """The learning rate is multiplied by this at each recovery."""
 
     # --- how it is computed ---
     device: str = "auto"
@@ -199,9 +215,9 @@ class Experiment:
         self._check_names()
 
     def _check_numbers(self) -> None:
-        for name in ("seeds", "epochs", "batch_size", "score_batches", "probe"):
+        for name in ("seeds", "epochs", "batch_size", "score_batches", "probe", "accumulate"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("cycles", "first_seed", "monitor_every"):
+        for name in ("cycles", "first_seed", "monitor_every", "cutout", "recover"):
             _at_least(name, getattr(self, name), 0)
         for name in ("threads", "finetune_epochs", "train_images"):
             if getattr(self, name) is not None:
@@ -212,21 +228,31 @@ class Experiment:
                 raise ValueError(f"--{_option(name)} must be {most:,} or less, not {value:,}")
         if self.image_size is not None:
             _at_least("image_size", self.image_size, 1)
+        if not 0 < self.width <= 64:
+            raise ValueError(f"--width must be above 0 and at most 64, not {self.width}")
         if not 0 < self.amount < 1:
             raise ValueError(f"--amount must be in (0, 1), not {self.amount}")
         if any(arm.variant in ("lite", "pro") for arm in self.arms):
             if not 0 < self.rate < 1:
                 raise ValueError(f"--rate must be in (0, 1), not {self.rate}")
             split(1, self.amount, self.rate)
-        for name in ("lr", "finetune_lr", "gamma"):
+        for name in ("lr", "finetune_lr", "gamma", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"--{_option(name)} must be a positive number, not {value}")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{_option(name)} must be in [0, 1), not {getattr(self, name)}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"--weight-decay must be 0 or more, not {self.weight_decay}")
+        for name in ("weight_decay", "mixup"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{_option(name)} must be 0 or more, not {value}")
+        for name in ("ema", "recover_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"--{_option(name)} must be in (0, 1), not {value}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ValueError("--nesterov needs --optimizer sgd and a momentum")
         if self.val is not None and not 0 <= self.val < math.inf:

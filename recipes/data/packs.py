@@ -107,7 +107,7 @@ def write_pack(path: Path, parts: Parts, source: str, progress: Callable[[int], 
             for begin in range(0, len(places), CHUNK):
                 images = part.read(places[begin : begin + CHUNK])
                 put(file, name, images)
-                if part is parts.train:
+                if name == "train.images":
                     summed.append(moments(images))
                 progress(len(images))
         file.seek(start + offsets["train.moments"])

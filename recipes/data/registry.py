@@ -43,7 +43,8 @@ def load(
 
     `val` images (int) or that share of them (float) are held out of the training set for validation, stratified by
     class and always the same ones; by default a tenth, and 200 of the digits' 1,400. Images of folders are resized to
-    `size` × `size` pixels, 64 if not given. The digits need no files.
+    `size` × `size` pixels, 64 if not given; those of other sets can be shrunk to a divisor of their side. The digits
+    need no files.
 
     Raises MissingDataError (a FileNotFoundError) that says which files to put where, and DataError (a ValueError) for
     an unknown name, a damaged file or a `val` that is too large.
@@ -56,10 +57,11 @@ def load(
         close = difflib.get_close_matches(name, names(), n=3, cutoff=0.5) or names()
         hint = " (a folder of images: name 'folder', and its path as root)" if os.sep in name or "/" in name else ""
         raise DataError(f"unknown data set {name!r}: did you mean {', '.join(close)}?{hint}")
-    if size is not None and (name not in SOURCES or SOURCES[name].size is None):
-        raise DataError(f"{name}: size={size} is for folders of images; these have a size of their own")
     if size is not None and size < 1:
         raise DataError(f"{name}: size must be at least 1 pixel, not {size}")
+    if size is not None and (name not in SOURCES or SOURCES[name].size is None):
+        data = load(name, root, download, val)
+        return data if size == data.image_size else data.shrunk(size)
     if name == "digits":
         return digits.load_digits().split(name, digits.VAL if val is None else val, "none")
     source = SOURCES[name]
