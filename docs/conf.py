@@ -16,7 +16,7 @@ author = "the Activate-while-Pruning authors"
 copyright = "MIT licence"
 version = release = ap.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "cli_tables"]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 

@@ -1,0 +1,129 @@
+"""Directives that write the command line's options as tables, from the code that reads them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import re
+from typing import Any
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.docutils import SphinxDirective
+
+
+class _Table(SphinxDirective):
+    """A directive whose content is Markdown that it makes."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Sphinx calls it."""
+        lines = self.lines(self.arguments[0])
+        container = nodes.container()
+        self.state.nested_parse(StringList(lines, source=self.arguments[0]), self.content_offset, container)
+        return container.children
+
+    def lines(self, name: str) -> list[str]:
+        """The Markdown."""
+        raise TypeError(f"{type(self).__name__} makes no table")
+
+
+class Options(_Table):
+    """`module:Class`: the fields of a dataclass that tyro reads, with their defaults and docstrings."""
+
+    def lines(self, name: str) -> list[str]:
+        """A table, or one for each section of the class's body."""
+        return options(*name.split(":"))
+
+
+class Arguments(_Table):
+    """`module:function`: what the parser that the function makes takes; of its first subcommand, if it has any."""
+
+    def lines(self, name: str) -> list[str]:
+        """One table."""
+        module, function = name.split(":")
+        return arguments(getattr(importlib.import_module(module), function)())
+
+
+class Presets(_Table):
+    """`module`: the experiments of `PRESETS` there."""
+
+    def lines(self, name: str) -> list[str]:
+        """One table."""
+        rows = [
+            [
+                f"`{key}`",
+                preset.about,
+                " ".join(f"`{arm}`" for arm in preset.experiment.ap),
+                str(preset.experiment.cycles),
+            ]
+            for key, preset in importlib.import_module(name).PRESETS.items()
+        ]
+        return table(["preset", "", "arms", "cycles"], rows)
+
+
+def options(module: str, kind: str) -> list[str]:
+    """Markdown of a dataclass's options."""
+    cls = getattr(importlib.import_module(module), kind)
+    docs = ModuleAnalyzer.for_module(module).find_attr_docs()
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    sections: list[tuple[str | None, list[list[str]]]] = [(None, [])]
+    for line in inspect.getsource(cls).splitlines():
+        title = re.fullmatch(r"    # --- (.*) ---", line)
+        declared = re.match(r"    (\w+): ", line)
+        if title:
+            sections.append((title[1].capitalize(), []))
+        elif declared and declared[1] in fields and (kind, declared[1]) in docs:
+            field = fields[declared[1]]
+            positional = str(field.type).startswith("tyro.conf.Positional")
+            shown = field.name.upper() if positional else "--" + field.name.replace("_", "-")
+            sections[-1][1].append([f"`{shown}`", default(field), " ".join(docs[kind, field.name]).strip()])
+    lines = []
+    for heading, rows in sections:
+        if rows:
+            lines += [f"**{heading}**", ""] if heading else []
+            lines += [*table(["option", "default", ""], rows), ""]
+    return lines
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """A field's default as the command line would take it."""
+    value = field.default
+    if value is dataclasses.MISSING or value is None or value == ():
+        return "–"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
+
+
+def arguments(parser: argparse.ArgumentParser) -> list[str]:
+    """Markdown of an argparse parser's options."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parser = next(iter(action.choices.values()))
+    rows = [
+        [
+            " ".join(f"`{flag}`" for flag in action.option_strings) or f"`{(action.metavar or action.dest).upper()}`",
+            action.help,
+        ]
+        for action in parser._actions
+        if action.help and action.dest != "help"
+    ]
+    return table(["option", ""], rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells]]
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Sphinx calls it."""
+    for name, directive in (("options", Options), ("arguments", Arguments), ("presets", Presets)):
+        app.add_directive(name, directive)
+    return {"parallel_read_safe": True}
