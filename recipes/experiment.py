@@ -32,7 +32,17 @@ from recipes import models
 from recipes.config import SCHEMA, Arm, Experiment, differences
 from recipes.effective import effective
 from recipes.engine import Diverged, Engine, Stopped, device_of
-from recipes.storage import Checkpoints, FolderError, locked, read_json, read_rows, sha256, write_json, write_rows
+from recipes.storage import (
+    Checkpoints,
+    FolderError,
+    locked,
+    read_json,
+    read_rows,
+    sha256,
+    state_errors,
+    write_json,
+    write_rows,
+)
 
 SAVE_EVERY_S = 20.0  # a checkpoint in the middle of a training, at the end of an epoch, at most this often
 Say = Callable[[dict[str, Any]], None]
@@ -269,6 +279,7 @@ def build(config: Experiment, data: Any, seed: int) -> nn.Module:
         in_channels=data.in_channels,
         image_size=data.image_size,
         activation=config.activation,
+        width=config.width,
         weights=config.weights,
     )
 
@@ -388,8 +399,9 @@ class _Run:
         """Takes up the last checkpoint that is good, if there is one."""
         state = self.checkpoints.latest()
         if state is not None:
-            fit_(self.model, state["model"])  # which structured pruning may have made smaller
-            self.loop.load_state_dict(state["loop"])
+            with state_errors(self.checkpoints.folder):
+                fit_(self.model, state["model"])  # which structured pruning may have made smaller
+                self.loop.load_state_dict(state["loop"])
             self.unfinished = state["training"]
 
     def on_phase(self, loop: Cycles) -> None:
@@ -406,7 +418,8 @@ class _Run:
         """One training, then what is measured of the trained network."""
         training = self.engine.training(model, run.start_step, run.cycle)
         if self.unfinished is not None:
-            training.load_state_dict(self.unfinished)
+            with state_errors(self.checkpoints.folder):
+                training.load_state_dict(self.unfinished)
             self.unfinished = None
 
         def after_step(step: int) -> None:

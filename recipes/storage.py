@@ -133,12 +133,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, patience_s: float = 2.0) -> Iterator[None]:
+def locked(folder: Path, patience_s: float = 2.0, alone: bool = True) -> Iterator[None]:
     """Holds a folder for this process, which the system gives up with the process, however it ends.
 
     Args:
         folder: made if it is not there.
         patience_s: how long to wait for another process, which may just be ending.
+        alone: whether nobody writes to the folders inside: what killed processes left there is removed too.
 
     Raises:
         FolderError: another process holds it; its number is named.
@@ -161,9 +162,25 @@ def locked(folder: Path, patience_s: float = 2.0) -> Iterator[None]:
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
-        for left in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:  # by a process that was killed
+        inside = folder.glob("*/.*.part") if alone else ()
+        for left in [*folder.glob(".*.part"), *inside]:  # by a process that was killed
             left.unlink(missing_ok=True)
         yield
+
+
+@contextlib.contextmanager
+def state_errors(folder: Path) -> Iterator[None]:
+    """Around taking a saved state over: FolderError for whatever a state of another run, or a forged one, raises."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # there are more ways for a state not to fit than there are checks
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FolderError(
+            f"the checkpoint in {folder} is whole, but does not fit this run ({reason}): "
+            "remove that folder to begin the run anew"
+        ) from error
 
 
 class Checkpoints:

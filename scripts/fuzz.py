@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
+import importlib
 import io
 import json
 import os
 import pickle
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)  # what the command line turns into one line
@@ -82,17 +85,22 @@ def mutated(good: object, data: bytes) -> bytes:
     """JSON: `data` itself where it looks like JSON, else `good` with a few places changed as the bytes say."""
     if data[:1] in (b"{", b"["):
         return data
-    copy = json.loads(json.dumps(good))
+    return json.dumps(changed(good, data)).encode()
+
+
+def changed(good: object, data: bytes, odd: Sequence[object] = ODD) -> object:
+    """A copy of nested dictionaries and lists in which up to four places are odd, or missing, as the bytes say."""
+    result = copy.deepcopy(good)
     for at in range(0, min(len(data), 12) - 2, 3):
-        places = _places(copy)
+        places = _places(result)
+        if not places:
+            break
         inner, key = places[(data[at] << 8 | data[at + 1]) % len(places)]
         if data[at + 2] == 255 and isinstance(inner, dict):
             del inner[key]
         else:
-            inner[key] = json.loads(json.dumps(ODD[data[at + 2] % len(ODD)]))
-        if not _places(copy):
-            break
-    return json.dumps(copy).encode()
+            inner[key] = copy.deepcopy(odd[data[at + 2] % len(odd)])  # type: ignore[index]
+    return result
 
 
 def _places(value: object) -> list[tuple[object, object]]:
@@ -205,16 +213,23 @@ def target_pack(folder: Path) -> tuple[Target, list[bytes]]:
     from recipes.data.packs import Part, Parts, read_pack, write_pack
 
     path = folder / "x.safetensors"
-    part = Part.of(np.zeros((3, 1, 2, 2), np.uint8), np.array([0, 1, 0]))
+    part = Part.of(np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1]))
     write_pack(path, Parts(("a", "b"), part, part), "here")
 
+    good = path.read_bytes()
+    body = good[8 + int.from_bytes(good[:8], "little") :]
+    header = json.loads(good[8 : -len(body)])
+
     def test(data: bytes) -> None:
+        if data[:1] == b"\1":  # a header with odd things in it, of the size that it claims
+            text = mutated(header, data[1:])
+            data = len(text).to_bytes(8, "little") + text + body
         path.write_bytes(data)
         whole = read_pack(path)
         if whole is not None:
             whole.split("x", 1, "none")
 
-    return test, [path.read_bytes()]
+    return test, [good, b"\1\0\3\7"]
 
 
 def target_weights(folder: Path) -> tuple[Target, list[bytes]]:
@@ -242,29 +257,56 @@ def target_weights(folder: Path) -> tuple[Target, list[bytes]]:
 
 
 def target_checkpoint(folder: Path) -> tuple[Target, list[bytes]]:
-    """A checkpoint with a checksum that fits, as a stranger could send it, and what the loop makes of it."""
+    """A checkpoint with a checksum that fits, as a stranger could send it, and what a run makes of it."""
     import torch
 
-    from recipes.storage import Checkpoints
+    from ap.compaction import fit_
+    from recipes import data as data_sets
+    from recipes.config import Experiment
+    from recipes.engine import Engine
+    from recipes.storage import Checkpoints, state_errors
 
-    loop = _loop()
+    engine = Engine(Experiment(data="digits", batch_size=100, device="cpu", epochs=1), data_sets.load("digits"), 0)
+
+    def state_of(loop, training) -> dict[str, object]:
+        return {"model": loop.model.state_dict(), "loop": loop.state_dict(), "training": training.state_dict()}
+
+    def fresh():
+        loop = _loop()
+        return loop, engine.training(loop.model, 0, 0)
+
+    def saved(state: object) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    loop, training = fresh()
     loop.plugin.mark_start()
-    buffer = io.BytesIO()
-    torch.save({"model": loop.model.state_dict(), "loop": loop.state_dict(), "training": None}, buffer)
+    loop.model(torch.ones(1, 9)).sum().backward()
+    training.optimizer.step()
+    good = state_of(loop, training)
     loop.plugin.detach()
+    odd = (*ODD, *(torch.zeros(shape) for shape in ((), (0,), (9, 7), (7, 9), (3,))), torch.ones(7, 9) * float("nan"))
+    odd = (*odd, torch.empty(7, 9, device="meta"), torch.zeros(8, dtype=torch.uint8), torch.eye(9).to_sparse())
 
     def test(data: bytes) -> None:
+        if data[:1] != b"P":  # no archive: a state in which a few things are changed as the bytes say
+            data = saved(changed(good, data, odd))
         (folder / "000001.pt").write_bytes(data)
         digest = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         (folder / "000001.json").write_text(json.dumps(digest))
         state = Checkpoints(folder).latest()
         if state is not None:
-            fresh = _loop()
-            with contextlib.suppress(KeyError):
-                fresh.load_state_dict(state["loop"])
-                fresh.plugin.detach()
+            loop, training = fresh()
+            try:
+                with state_errors(folder):
+                    fit_(loop.model, state["model"])
+                    loop.load_state_dict(state["loop"])
+                    training.load_state_dict(state["training"])
+            finally:
+                loop.plugin.detach()
 
-    return test, [buffer.getvalue()]
+    return test, [saved(good), b"\0\3\7"]
 
 
 def target_masks(folder: Path) -> tuple[Target, list[bytes]]:
@@ -286,6 +328,54 @@ def target_masks(folder: Path) -> tuple[Target, list[bytes]]:
         masks.load_state_dict(found)
 
     return test, [json.dumps(listed).encode()]
+
+
+def target_ranking(folder: Path) -> tuple[Target, list[bytes]]:
+    """Scores of any bits, within any scope: what goes is what sorting finds, or the layer with NaN is named."""
+    import math
+
+    import numpy as np
+    import torch
+
+    from ap import Masks
+
+    def test(data: bytes) -> None:
+        head, bits = data[:4].ljust(4, b"\0"), np.frombuffer(data[4:].ljust(336, b"\0")[:336], np.uint8)
+        kind = (torch.float32, torch.float16, torch.bfloat16)[head[0] % 3]
+        values = torch.from_numpy(bits.copy()).view(kind)
+        scores = {"0.weight": values[:63].view(7, 9), "2.weight": values[63:84].view(3, 7)}
+        masks = Masks(_net())
+        if head[3]:
+            masks.prune({name: (score * 7 % 5).nan_to_num() for name, score in scores.items()}, count=head[3] % 84)
+        scope = ("global", "layer", "row", "group")[head[1] % 4]
+        group = 1 + head[1] // 4 % 9
+        before = {name: masks[name].clone() for name in masks}
+        count = head[2] % (masks.alive + 1)
+        if any(bool((scores[name].isnan() & before[name]).any()) for name in masks):
+            try:
+                gone = masks.prune(scores, count=count, scope=scope, group=group)
+            except ValueError:
+                gone = 0
+            assert gone in (0, count)
+            return
+        if scope == "group" and (9 % group or 7 % group):
+            return
+        assert masks.prune(scores, count=count, scope=scope, group=group) == count
+        # Within each set of weights that are compared with each other no kept one is below one that went.
+        for part, name in [("global", None)] if scope == "global" else [(scope, name) for name in masks]:
+            names = list(masks) if name is None else [name]
+            ranks = {n: scores[n].double() for n in names}
+            tables = {"global": (1, -1), "layer": (1, -1), "row": (len(ranks[names[0]]), -1), "group": (-1, group)}
+            gone, kept = (
+                torch.cat([torch.where(chosen(n), ranks[n], fill).flatten() for n in names]).view(tables[part])
+                for chosen, fill in (
+                    (lambda n: before[n] & ~masks[n], -math.inf),
+                    (lambda n: masks[n], math.inf),
+                )
+            )
+            assert bool((gone.amax(1) <= kept.amin(1)).all()), (scope, group, count)
+
+    return test, [bytes([0, 0, 20, 0]) + np.arange(84, dtype=np.float32).tobytes()]
 
 
 def target_config(folder: Path) -> tuple[Target, list[bytes]]:
@@ -325,8 +415,8 @@ def target_experiment(folder: Path) -> tuple[Target, list[bytes]]:
         (path / "metrics.jsonl").write_bytes(good)
 
     def test(data: bytes) -> None:
-        lines = [mutated(rows[0], data), json.dumps(rows[1]).encode()] if data[:1] != b"{" else [data]
-        (folders[0] / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+        lines = data if data[:1] == b"{" else mutated(rows[0], data) + b"\n" + json.dumps(rows[1]).encode() + b"\n"
+        (folders[0] / "metrics.jsonl").write_bytes(lines)
         found = report.of_folder(folder / "out")
         str(found), found.to_dict(), found.sentence()
 
@@ -382,10 +472,11 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["ap", "recipes", "pruners"], enable_loader_override=False):
-        import ap  # noqa: F401
-        import pruners  # noqa: F401
-        import recipes.cli
-        import recipes.report  # noqa: F401
+        for package in ("ap", "pruners", "recipes"):  # all of it: what is imported later would not be instrumented
+            for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+                if not module.name.endswith("__main__"):
+                    with contextlib.suppress(ImportError):  # an optional dependency that is not there
+                        importlib.import_module(module.name)
     import torch
 
     torch.set_num_threads(1)
@@ -396,6 +487,7 @@ def fuzz(name: str, seconds: int, out: Path) -> None:
     test, seeds = TARGETS[name](folder)
     for seed in [*seeds, b"\0\3\7", bytes(range(12))]:
         (corpus / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
+    test(seeds[0])  # a target that refuses what is good would test nothing but that
     watch = Watch(folder)
     kinds: set[str] = set()
 
