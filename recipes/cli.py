@@ -1,4 +1,4 @@
-"""The command line: python -m recipes list | run | resume | compare | dnr | study."""
+"""The command line: python -m recipes list | run | sweep | resume | compare | dnr | export | study."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pruners
 from ap import criteria
 from ap.names import unknown
 from recipes import data as data_sets
-from recipes import experiment, models, presets, report
+from recipes import experiment, models, presets, report, sweep
 from recipes.config import Experiment
 from recipes.engine import Engine, Stopped, device_of
 from recipes.progress import Progress
@@ -28,6 +28,7 @@ from recipes.storage import locked
 COMMANDS = {
     "list": "presets, with what they cost, and the names of arms, pruners, activations, models and data sets",
     "run": "run PRESET [options]: every arm × seed, each in its own folder; goes on where it was stopped",
+    "sweep": "sweep PRESET [options]: a grid of experiments; all of it, a list of its runs, or the n-th for job arrays",
     "resume": "resume DIR: goes on with a stopped experiment; one that is finished is only reported",
     "compare": "compare DIR...: tables, paired differences, plots",
     "dnr": "dnr MODEL [options]: the dead-neuron rates of a model on data",
@@ -93,7 +94,7 @@ def _wrap(names: list[str], width: int = 96) -> str:
 
 
 @dataclass(frozen=True)
-class _Unchecked(Experiment):
+class Unchecked(Experiment):
     """The same options, checked only once they are all read: a bad value is then one line of ours."""
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class Run:
 
     out: Path
     """The experiment's folder."""
-    experiment: tyro.conf.OmitArgPrefixes[_Unchecked]
+    experiment: tyro.conf.OmitArgPrefixes[Unchecked]
     dry_run: bool = False
     """Only say what it would cost, from a short measurement."""
     workers: int | None = None
@@ -123,22 +124,22 @@ def _run(arguments: list[str]) -> int:
     else:
         name, rest = arguments[0], arguments[1:]
     base = presets.get(name).experiment
-    default = Run(out=Path("runs") / name, experiment=_Unchecked(**dataclasses.asdict(base)))
+    default = Run(out=Path("runs") / name, experiment=Unchecked(**dataclasses.asdict(base)))
     options = tyro.cli(Run, args=rest, default=default, prog=f"python -m recipes run {name}")
     config = Experiment(**dataclasses.asdict(options.experiment))
     experiment.check(config)
     if options.dry_run:
         _cost(config)
         return 0
-    return _execute(config, options.out, options.workers, options.quiet)
+    return execute(config, options.out, options.workers, options.quiet)
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Goes on with a stopped experiment."""
+    """Goes on with a stopped experiment, or with those of a sweep."""
 
     out: tyro.conf.Positional[Path]
-    """The experiment's folder."""
+    """The experiment's or the sweep's folder."""
     workers: int | None = None
     """How many runs go side by side."""
     quiet: bool = False
@@ -147,12 +148,22 @@ class Resume:
 
 def _resume(arguments: list[str]) -> int:
     options = tyro.cli(Resume, args=arguments, prog="python -m recipes resume")
-    config = experiment.load(options.out)
-    experiment.refuse_code_inside(options.out, config)
-    return _execute(config, options.out, options.workers, options.quiet)
+    for out in sweep.folders(options.out):
+        config = experiment.load(out)
+        experiment.refuse_code_inside(out, config)
+        if status := execute(config, out, options.workers, options.quiet):
+            return status
+    return 0
 
 
-def _execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> int:
+def _sweep(arguments: list[str]) -> int:
+    from recipes import sweep_command
+
+    return sweep_command.main(arguments)
+
+
+def execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> int:
+    """Runs what is left of an experiment, and reports it; the exit status: 0, or 130 when stopped."""
     with locked(out):
         threads = experiment.prepare(config, out)
         left = [job for job in experiment.jobs(config) if not experiment.is_done(out, job)]

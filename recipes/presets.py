@@ -28,13 +28,26 @@ _FAST: dict[str, Any] = {"amount": 0.36, "rate": 0.04, "warmup": "1ep"}
 
 
 def _sgd(**settings: Any) -> Experiment:
-    published = {"ap": _ALL, "amount": 0.2, "rate": 0.02, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    published: dict[str, Any] = {
+        "ap": _ALL,
+        "amount": 0.2,
+        "rate": 0.02,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+    }
     return Experiment(**(published | settings))
 
 
 def _adamw(**settings: Any) -> Experiment:
     """For transformers: they are trained with AdamW, a warm-up, a cosine and smoothed labels."""
-    usual = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine", "label_smoothing": 0.1}
+    usual: dict[str, Any] = {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "label_smoothing": 0.1,
+    }
     return _sgd(**(usual | settings))
 
 
