@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ap.activations.ranges import check_eps, dead_range
+from ap.dnr_recording import Recording
 from ap.dnr_report import DNRReport
 from ap.dnr_tally import Tally
 from ap.dnr_watch import Hook, Watch, has_own_code, outermost_activations
@@ -32,9 +34,13 @@ _WHY_NOT_COMPILED = (
     "DNRMonitor decides outside of the graph whether a pass is counted; with fullgraph=True, "
     "or where a compiled function calls the model, attach it to the compiled model: DNRMonitor(torch.compile(model))"
 )
-_uncompiled = torch.compiler.disable
-if "reason" in inspect.signature(torch.compiler.disable).parameters:
-    _uncompiled = partial(torch.compiler.disable, reason=_WHY_NOT_COMPILED)
+
+
+@cache
+def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, never compiled. Made at first use: `torch.compiler` loads the compiler, which takes a second."""
+    gives_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # not before torch 2.7
+    return torch.compiler.disable(function, **({"reason": _WHY_NOT_COMPILED} if gives_reason else {}))  # type: ignore[no-any-return]
 
 
 class _Window:
@@ -87,6 +93,9 @@ class DNRMonitor:
         self._watch: Watch | None = None
         self._depth = 0
         self._observed: str | None = None  # the kind of the pass under way, if it is observed
+        self._recordings: list[Recording] = []
+        self._into: Recording | None = None  # where the passes of this moment are counted, if not in the window
+        self._paused = False
 
     # --- attaching ---------------------------------------------------------------------------------------------------
 
@@ -97,8 +106,8 @@ class DNRMonitor:
             _refuse_if_nothing_can_die(names, self.eps)
             self._watch = Watch(names, self.eps)
             self._handles = [
-                self.model.register_forward_pre_hook(Hook(self._enter)),
-                self.model.register_forward_hook(Hook(self._leave), always_call=True),
+                self.model.register_forward_pre_hook(Hook(partial(_uncompiled(DNRMonitor._enter), self))),
+                self.model.register_forward_hook(Hook(partial(_uncompiled(DNRMonitor._leave), self)), always_call=True),
             ]
         return self
 
@@ -107,6 +116,8 @@ class DNRMonitor:
         if self._watch is not None:
             self._abandon()
             self._watch = None
+        self._collect()
+        self._recordings.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -132,6 +143,7 @@ class DNRMonitor:
         """
         if mode not in (None, *MODES):
             raise ValueError(f"unknown mode {mode!r}: 'train', 'eval' or None")
+        self._collect()
         total = Tally()
         for kind in MODES if mode is None else (mode,):
             for window in (self._past[kind], self._window[kind]):
@@ -143,6 +155,8 @@ class DNRMonitor:
         """Forgets what was counted, though not `history`; the next pass is observed."""
         for mode in MODES:
             self._past[mode], self._window[mode] = _Window(), _Window()
+        for recording in self._recordings:
+            recording.clear()
         self._passes = dict.fromkeys(MODES, 0)
 
     def sync(self, mode: str | None = None) -> DNRReport:
@@ -152,6 +166,7 @@ class DNRMonitor:
         `log()` of every rank tell of all ranks up to here, and of their own passes since. Without torch.distributed it
         is `report(mode)`.
         """
+        self._collect()
         if dist.is_available() and dist.is_initialized():
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
             for windows in (self._past, self._window):
@@ -171,6 +186,7 @@ class DNRMonitor:
             step: the training step.
             density: the share of weights that are alive, kept in `history` for pictures against it.
         """
+        self._collect()
         for mode in MODES:
             window, past = self._window[mode], self._past[mode]
             both = Tally()
@@ -184,22 +200,56 @@ class DNRMonitor:
                 past.own.merge(window.own)
                 self._window[mode] = _Window()
 
+    # --- captured graphs ---------------------------------------------------------------------------------------------
+
+    def record(self) -> Recording:
+        """A recording, for `into`: a captured CUDA graph counts in one, see `Recording`.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+            >>> with DNRMonitor(model) as monitor:
+            ...     recording = monitor.record()
+            ...     with monitor.into(recording):
+            ...         _ = model(torch.ones(4, 2))
+            ...     recording.passes += 1
+            ...     monitor.report().layers["1"].samples
+            4
+        """
+        self._recordings.append(Recording("train" if self.model.training else "eval"))
+        return self._recordings[-1]
+
+    @contextmanager
+    def into(self, recording: Recording | None) -> Iterator[None]:
+        """Every pass inside of the block is counted in the recording, or with None in none; the cadence rests."""
+        before = self._into, self._paused
+        self._into, self._paused = recording, recording is None
+        try:
+            yield
+        finally:
+            self._into, self._paused = before
+
+    def due(self, mode: str = "train") -> bool:
+        """Takes note of one pass that is about to be made without Python, and says whether it is one to observe."""
+        self._passes[mode] += 1
+        return (self._passes[mode] - 1) % self.every == 0
+
+    def _collect(self) -> None:
+        for recording in self._recordings:
+            recording.hand_over(self._window[recording.mode].own)
+
     # --- watching ----------------------------------------------------------------------------------------------------
 
-    @_uncompiled
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._depth and not _is_nested(self.model):  # the last pass was interrupted, by Ctrl-C for example
             self._abandon()
         self._depth += 1
-        if self._depth > 1 or self._watch is None or torch.jit.is_tracing() or _is_exporting():
+        if self._depth > 1 or self._watch is None or self._paused or torch.jit.is_tracing() or _is_exporting():
             return
         mode = "train" if self.model.training else "eval"
-        if self._passes[mode] % self.every == 0:
+        if self._into is not None or self.due(mode):
             self._observed = mode
             self._watch.begin()
-        self._passes[mode] += 1
 
-    @_uncompiled
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0 and self._observed is not None:
@@ -217,7 +267,10 @@ class DNRMonitor:
         assert self._observed is not None
         window = self._window[self._observed]
         self._observed = None
-        window.own.add_pass(self._watch.end())
+        if self._into is not None:
+            self._into.add(self._watch.end())
+        else:
+            window.own.add_pass(self._watch.end())
 
 
 def _is_exporting() -> bool:

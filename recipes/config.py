@@ -193,8 +193,10 @@ class Experiment:
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the forward pass computes in; auto is bfloat16 (autocast) on a GPU and float32 on a CPU."""
+    step: Literal["auto", "eager", "captured"] = "auto"
+    """How steps are made: call by call, or captured in a CUDA graph and replayed; auto captures on a GPU."""
     compile: bool = False
-    """Compile the training step's forward pass with torch.compile."""
+    """Compile the model for training with torch.compile, which takes minutes; the counting of dead neurons with it."""
     deterministic: bool = False
     """Only deterministic algorithms, also on a GPU (a CPU is deterministic anyway)."""
     threads: int | None = None

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ap import DNRMonitor
 from ap.activations import param_groups
 from recipes.config import Experiment
 from recipes.data import ImageData
 from recipes.resident import Resident, derived_seed
 from recipes.schedule import Schedule
-from recipes.step import Step
+from recipes.step import CapturedStep, Step
 
 CHECK_EVERY = 50
 
@@ -45,6 +46,11 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def can_capture(config: Experiment, device: torch.device) -> bool:
+    """Whether steps can be captured in a CUDA graph: on a GPU, where no criterion follows each of them in Python."""
+    return device.type == "cuda" and all(arm.criterion != "decay-corrected" for arm in config.arms)
+
+
 class Engine:
     """What all trainings of a run share: the data on the device, precision, optimizer, evaluation.
 
@@ -63,13 +69,15 @@ class Engine:
         self.config, self.seed = config, seed
         self.device = device_of(config.device)
         on_gpu = self.device.type == "cuda"
+        self.captured = config.step == "captured" or (config.step == "auto" and can_capture(config, self.device))
+        self._compiled: tuple[nn.Module, nn.Module] | None = None
         self.channels_last = on_gpu  # on a CPU small convolutions are slower with it
         self.half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
         if on_gpu:
             torch.backends.cudnn.benchmark = not config.deterministic
         torch.use_deterministic_algorithms(config.deterministic)
         augment = data.augment if config.augment == "data" else config.augment
-        self.train_set = Resident(data.train, data, self.device, augment)
+        self.train_set = Resident(data.train, data, self.device, augment, config.cutout, config.mixup)
         self.val_set = Resident(data.val, data, self.device) if len(data.val) else None
         self.test_set = Resident(data.test, data, self.device)
         self.steps_per_epoch = len(data.train) // config.batch_size
@@ -91,6 +99,14 @@ class Engine:
         """What training minimises."""
         return F.cross_entropy(outputs, targets, label_smoothing=self.config.label_smoothing)
 
+    def called(self, model: nn.Module) -> nn.Module:
+        """What training calls instead of the model: the same, or the compiled one."""
+        if not self.config.compile:
+            return model
+        if self._compiled is None or self._compiled[0] is not model:
+            self._compiled = model, torch.compile(model)  # type: ignore[assignment]
+        return self._compiled[1]  # type: ignore[index]
+
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer, fused, without decay on activations' own parameters."""
         config = self.config
@@ -98,7 +114,8 @@ class Engine:
         if config.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        return kind(groups, lr=lr, betas=(config.momentum, 0.999), fused=True)
+        betas = (config.momentum, 0.999)
+        return kind(groups, lr=lr, betas=betas, fused=True, capturable=self.captured)
 
     def score_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Training images without augmentation, for pruners and criteria that need data; the same for every arm."""
@@ -123,9 +140,9 @@ class Engine:
             loss += F.cross_entropy(outputs, y, reduction="sum")
         return int(right) / len(images), float(loss) / len(images)
 
-    def training(self, model: nn.Module, start_step: int, cycle: int) -> Training:
+    def training(self, model: nn.Module, start_step: int, cycle: int, monitor: DNRMonitor | None = None) -> Training:
         """A training of `model` from where it stands."""
-        return Training(self, model, start_step, cycle)
+        return Training(self, model, start_step, cycle, monitor)
 
 
 class Training:
@@ -136,13 +153,16 @@ class Training:
         model: the model, prepared; trained in place.
         start_step: the step that its weights stand at.
         cycle: of the experiment, for the schedule.
+        monitor: what counts dead neurons in its steps, attached to `engine.called(model)`.
 
     Attributes:
         step: how many steps have been made, those before `start_step` included.
         last_loss: the mean loss over the last whole epoch.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, start_step: int, cycle: int) -> None:
+    def __init__(
+        self, engine: Engine, model: nn.Module, start_step: int, cycle: int, monitor: DNRMonitor | None = None
+    ) -> None:
         self.engine, self.model = engine, model
         self.schedule = Schedule.of(engine.config, engine.steps_per_epoch, cycle)
         self.step = start_step
@@ -151,15 +171,14 @@ class Training:
         self.seconds = 0.0
         self._loss_steps = 0
         self._start = start_step
-        forward = torch.compile(model) if engine.config.compile else model
-        self._make = Step(
+        self._make = (CapturedStep if engine.captured else Step)(
             model,
-            forward,
+            engine.called(model),
             self.optimizer,
             engine.train_set.gather,
             engine.training_loss,
             engine.autocast,
-            engine.device,
+            monitor,
         )
         # Dropout and the like: the same draws in every arm, and in a training that is continued (see state_dict).
         torch.manual_seed(derived_seed(engine.seed, cycle, 2))
@@ -242,6 +261,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.last_loss, self.seconds = state["step"], state["last_loss"], state["seconds"]
         self._start = self.step
+        self._make.restart()
         self._make.loss_sum.copy_(state["loss_sum"])
         self._loss_steps = state["loss_steps"]
         if self._loss_steps and (self.done or self.step % self.engine.steps_per_epoch == 0):

@@ -55,8 +55,7 @@ class Plan:
         return (*own, *self._at(self.partners[start:stop]), self.shares[start:stop])
 
     def _at(self, positions: slice | Tensor) -> tuple[Tensor, ...]:
-        parts = (self.order[positions], *(t[:, positions] for t in (self.offsets, self.holes) if t is not None))
-        return parts
+        return (self.order[positions], *(t[:, positions] for t in (self.offsets, self.holes) if t is not None))
 
 
 class Resident:
@@ -133,8 +132,8 @@ class Resident:
         share = part[-1]
         images, labels = self._augmented(*part[:half])
         others, other_labels = self._augmented(*part[half:-1])
-        targets = (F.one_hot(of, self.classes).float() for of in (labels, other_labels))
-        return images.lerp(others, share[:, None, None, None]), torch.lerp(*targets, share[:, None])
+        own, other = (F.one_hot(of, self.classes).float() for of in (labels, other_labels))
+        return images.lerp(others, share[:, None, None, None]), own.lerp(other, share[:, None])
 
     def _augmented(self, index: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         if self.augment == "none":
