@@ -118,8 +118,15 @@ def arguments(parser: argparse.ArgumentParser) -> list[str]:
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[as_cell(text) for text in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *cells]]
+
+
+def as_cell(text: str) -> str:
+    """A text in a table; options that it names become code, so that their hyphens stay hyphens."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"(?<![\w-])--[a-z][\w-]*", r"`\g<0>`", part) for part in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
 
 
 def setup(app: Any) -> dict[str, bool]:

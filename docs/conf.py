@@ -25,7 +25,8 @@ myst_heading_anchors = 3  # so that pages can link to each other's headings, as 
 
 default_role = "code"  # docstrings write `names` as Markdown does
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signatures have them
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True
@@ -39,7 +40,8 @@ html_theme = "furo"
 html_title = f"Activate-while-Pruning {version}"
 html_show_sphinx = False
 html_copy_source = False
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 
 def _escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

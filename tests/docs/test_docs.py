@@ -38,7 +38,8 @@ def blocks(page: Path) -> list[Block]:
 
 def shell(text: str) -> list[list[str]]:
     """The commands of a shell block, split into words, without comments."""
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def run(words: list[str]) -> None:
