@@ -23,14 +23,14 @@ from recipes import experiment, models, presets, report, sweep
 from recipes.config import Experiment
 from recipes.engine import Engine, Stopped, device_of
 from recipes.progress import Progress
-from recipes.storage import locked
+from recipes.storage import locked, plain
 
 COMMANDS = {
     "list": "presets, with what they cost, and the names of arms, pruners, activations, models and data sets",
     "run": "run PRESET [options]: every arm × seed, each in its own folder; goes on where it was stopped",
     "sweep": "sweep PRESET [options]: a grid of experiments; all of it, a list of its runs, or the n-th for job arrays",
     "resume": "resume DIR: goes on with a stopped experiment; one that is finished is only reported",
-    "compare": "compare DIR...: tables, paired differences, plots",
+    "compare": "compare DIR...: tables, paired differences, plots; over several seeds, folders or a sweep",
     "dnr": "dnr MODEL [options]: the dead-neuron rates of a model on data",
     "export": "export DIR/RUN [options]: a run's last network, compacted, as safetensors and ONNX, with a model card",
     "study": "study NAME [options]: what an activation's paper claims, rebuilt and checked",
@@ -229,28 +229,48 @@ def _duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Compare:
-    """Tables, paired differences and plots of experiments, finished or not."""
+    """Tables, paired differences and plots of experiments, finished or not.
+
+    Folders of the same configuration but other seeds or arms are pooled. Over several experiments, those of a sweep
+    for instance, there is a table for each, ordered by pruner, and one correction for all comparisons.
+    """
 
     out: tyro.conf.Positional[tuple[Path, ...]]
-    """The experiments' folders."""
+    """The folders of experiments or sweeps."""
     json: bool = False
-    """Print JSON instead of tables."""
+    """Print JSON instead of tables, a line an experiment."""
+    save: Path | None = None
+    """Write what is compared together here; a single sweep's own folder if not given."""
 
 
 def _compare(arguments: list[str]) -> None:
+    from recipes.pool import Pool
+
     options = tyro.cli(Compare, args=arguments, prog="python -m recipes compare")
     if not options.out:
         raise ValueError("compare needs the folder of an experiment")
-    for out in options.out:
-        found = report.of_folder(out)
-        pictures = found.save(out)
-        if options.json:
-            print(json.dumps(found.to_dict()))
-            continue
-        config = found.config
-        print(f"{out}: {config.model} on {config.data}, pruner {config.pruner}, {config.epochs} epochs a training")
-        print(found)
-        print(f"plots: {', '.join(str(path) for path in pictures)}\n")
+    folders = list(dict.fromkeys(folder for out in options.out for folder in sweep.folders(out)))
+    begun = [folder for folder in folders if any(folder.glob("*/metrics.jsonl"))]
+    if 0 < len(begun) < len(folders):
+        print(f"no trained network yet in {len(folders) - len(begun)} of {len(folders)} experiments", file=sys.stderr)
+        folders = begun
+    pictures = [picture for folder in folders for picture in report.of_folder(folder).save(folder)]
+    pool = Pool(folders)
+    is_sweep = len(options.out) == 1 and options.out[0] not in folders
+    target = options.save or (options.out[0] if is_sweep else None)
+    if target:
+        pictures = pool.save(target)
+    if options.json:
+        for found in pool.reports:
+            print(json.dumps(plain(found.to_dict()), allow_nan=False))
+        return
+    if len(pool.reports) == 1:
+        config = pool.reports[0].config
+        print(f"{config.model} on {config.data}, pruner {config.pruner}, {config.epochs} epochs a training")
+        print(pool.reports[0])
+    else:
+        print(pool)
+    print(f"\nplots: {', '.join(str(path) for path in pictures)}")
 
 
 # --- dnr ------------------------------------------------------------------------------------------------------------

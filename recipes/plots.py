@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ap.dnr_report import DNRReport
+    from recipes.pool import Pool
     from recipes.report import Report
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -74,7 +75,7 @@ def _curve(
     )
 
 
-def _difference(axis: Axes, cells: list[dict[str, Any]], measure: str, colour: str, label: str) -> None:
+def _difference(axis: Axes, cells: list[dict[str, Any]], measure: str, colour: str, label: str | None) -> None:
     cells = [cell for cell in cells if cell[measure] is not None]
     x = [100 * cell["density"] for cell in cells]
     y = [100 * cell[measure].difference for cell in cells]
@@ -97,6 +98,35 @@ def _dress(axis: Axes, title: str) -> None:
     axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, frameon=False)
+
+
+def differences(pool: Pool, path: Path) -> Path:
+    """The paired differences in accuracy and in DNR of several experiments, a row a pruner."""
+    from matplotlib.figure import Figure
+
+    by_pruner: dict[str, list[Report]] = {}
+    for report in pool.reports:
+        by_pruner.setdefault(report.config.pruner, []).append(report)
+    figure = Figure(figsize=(11, 0.5 + 3.2 * len(by_pruner)), layout="constrained")
+    rows = figure.subplots(len(by_pruner), 2, squeeze=False, sharex=True, sharey="col")
+    for axes, (pruner, reports) in zip(rows, by_pruner.items(), strict=True):
+        lines = [(report, arm) for report in reports for arm in report.arms]
+        number = 0
+        for report, arm in lines:
+            cells = [cell for cell in report.cells if cell["arm"] == arm and cell["cycle"]]
+            compared = [cell for cell in cells if cell["accuracy_difference"] is not None]
+            if not compared:
+                continue
+            label = f"{arm} − {compared[0]['baseline']}"
+            label += f", {pool.label(report, 'pruner')}" if len(reports) > 1 else ""
+            colour = COLOURS[number % len(COLOURS)]
+            number += 1
+            _difference(axes[0], compared, "accuracy_difference", colour, label)
+            _difference(axes[1], compared, "dnr_total_difference", colour, None)
+        _dress(axes[0], f"{pruner}: difference in accuracy, points")
+        _dress(axes[1], f"{pruner}: difference in DNR, points")
+    figure.suptitle("paired differences (mean and 95 % confidence interval)", fontsize=11)
+    return _save(figure, path)
 
 
 def _layers(report: Report) -> Figure | None:

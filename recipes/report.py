@@ -41,6 +41,14 @@ def baseline_of(arm: str, arms: Sequence[str]) -> str | None:
     return "none" if arm != "none" and "none" in arms else None
 
 
+def correct(cells: Sequence[dict[str, Any]]) -> None:
+    """Holm's correction over all comparisons after a pruning (the dense networks are the same), in place."""
+    for measure in ("accuracy_difference", "dnr_total_difference"):
+        compared = [cell for cell in cells if cell[measure] is not None and cell["cycle"] > 0]
+        for cell, p in zip(compared, holm([cell[measure].p for cell in compared]), strict=True):
+            cell[measure] = replace(cell[measure], p_holm=p)
+
+
 class Report:
     """The rows of an experiment, put together over seeds and compared pair by pair.
 
@@ -63,7 +71,7 @@ class Report:
             raise FolderError("no trained network has been recorded yet")
         self.cells = [self._cell(arm, cycle) for cycle in range(config.cycles + 1) for arm in self.arms]
         self.cells = [cell for cell in self.cells if cell["seeds"]]
-        self._correct()
+        correct(self.cells)
 
     def _row(self, arm: str, seed: int, cycle: int) -> dict[str, Any] | None:
         rows = self.by_arm[arm].get(seed, [])
@@ -91,14 +99,6 @@ class Report:
                 paired([a for a, _ in pairs], [b for _, b in pairs], MARGIN) if pairs else None
             )
         return cell
-
-    def _correct(self) -> None:
-        """Holm's correction over all comparisons of accuracy after a pruning (the dense networks are the same)."""
-        for measure in ("accuracy_difference", "dnr_total_difference"):
-            cells = [cell for cell in self.cells if cell[measure] is not None and cell["cycle"] > 0]
-            corrected = holm([cell[measure].p for cell in cells])
-            for cell, p in zip(cells, corrected, strict=True):
-                cell[measure] = replace(cell[measure], p_holm=p)
 
     def sentence(self) -> str:
         """What is shown, and what is not."""

@@ -14,6 +14,7 @@ from recipes import experiment, presets, report, sweep
 from recipes.cli import Unchecked, execute
 from recipes.config import Experiment
 from recipes.engine import Stopped
+from recipes.pool import Pool
 from recipes.progress import Progress
 from recipes.storage import locked
 
@@ -126,4 +127,8 @@ def _all(grid: dict[Path, Experiment], options: Sweep) -> int:
             print(f"error: {error}", file=sys.stderr)
     if failures:
         raise experiment.Failed(f"{len(failures)} of {len(grid)} experiments failed; the same command tries them again")
+    if len(grid) > 1:
+        pool = Pool(list(grid))
+        pictures = pool.save(options.out)
+        print(f"\n{pool}\n\nplots: {', '.join(str(path) for path in pictures)}")
     return 0
