@@ -6,11 +6,13 @@ be chosen at all. All criteria remove the same number at the same point, so that
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,42 @@ Criterion = Callable[[Layer], Tensor]
 _CRITERIA: dict[str, Criterion] = {}
 
 
+@dataclass
+class BySign:
+    """A criterion that may choose weights of one sign only, `inf` for all others.
+
+    The ranking leaves the others out by itself instead, which is several times cheaper.
+
+    Attributes:
+        sign: −1, 1, or 0 for any.
+        scores: of the weights of that sign; of the others whatever it likes.
+        elementwise: a weight's score depends on that weight alone, so `scores` may be given pieces of a layer.
+    """
+
+    sign: int
+    scores: Criterion
+    elementwise: bool = True
+
+    def __call__(self, layer: Layer) -> Tensor:
+        scores = self.scores(layer)
+        return torch.where(self.candidates(layer.weight), scores, torch.inf) if self.sign else scores
+
+    def candidates(self, weight: Tensor) -> Tensor:
+        """Which weights may be chosen, as bools."""
+        weight = weight.detach()
+        if not self.sign:
+            return torch.ones_like(weight, dtype=torch.bool)
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):  # three times as fast
+            compare = np.less if self.sign < 0 else np.greater
+            return torch.from_numpy(np.asarray(compare(weight.numpy(), 0)))
+        return weight < 0 if self.sign < 0 else weight > 0
+
+
+def by_sign(sign: int, elementwise: bool = True) -> Callable[[Criterion], Criterion]:
+    """Decorator: a function's scores, for weights of one sign."""
+    return lambda scores: functools.update_wrapper(BySign(sign, scores, elementwise), scores)
+
+
 def register(name: str) -> Callable[[Criterion], Criterion]:
     """Makes a function `(Layer) -> scores` available under a name.
 
@@ -100,27 +138,26 @@ def get(name: str | Criterion) -> Criterion:
     return _CRITERIA[name]
 
 
-def _negative(layer: Layer, scores: Tensor) -> Tensor:
-    return torch.where(layer.weight < 0, scores, torch.inf)
-
-
 @register("least-moved-negative")
+@by_sign(-1)
 def least_moved_negative(layer: Layer) -> Tensor:
     """AP (Liu, Ghosh, Motani 2023): negative weights that training moved least.
 
     >>> least_moved_negative(Layer("w", torch.tensor([-1.0, 2.0, -3.0]), torch.tensor([-1.5, 0.0, -3.0])))
     tensor([0.5000,    inf, 0.0000])
     """
-    return _negative(layer, layer.movement)
+    return layer.movement
 
 
 @register("decay-corrected")
+@by_sign(-1)
 def decay_corrected(layer: Layer) -> Tensor:
     """AP's criterion with the known effect of weight decay taken out of the movement (ours)."""
-    return _negative(layer, (layer.weight - layer.decay * layer.start).abs_())
+    return (layer.weight - layer.decay * layer.start).abs_()
 
 
 @register("most-waking")
+@by_sign(-1, elementwise=False)
 def most_waking(layer: Layer) -> Tensor:
     """Most expected lift of dead units for the least disturbance of the output, measured on data (ours).
 
@@ -135,40 +172,46 @@ def most_waking(layer: Layer) -> Tensor:
     # A grouped convolution's rows see only their own group's inputs.
     ratio = ratio.view(statistics.groups, columns).repeat_interleave(rows // statistics.groups, dim=0)
     lift = (ratio * statistics.dead[:, None]).view(rows, columns, *trailing)
-    return _negative(layer, -lift.to(layer.weight.dtype) / layer.weight.abs())
+    return -lift.to(layer.weight.dtype) / layer.weight.abs()
 
 
 @register("least-moved")
+@by_sign(0)
 def least_moved(layer: Layer) -> Tensor:
     """Control: moved least, of any sign."""
     return layer.movement
 
 
 @register("least-moved-positive")
+@by_sign(1)
 def least_moved_positive(layer: Layer) -> Tensor:
     """Control: positive weights that moved least."""
-    return torch.where(layer.weight > 0, layer.movement, torch.inf)
+    return layer.movement
 
 
 @register("most-moved-negative")
+@by_sign(-1)
 def most_moved_negative(layer: Layer) -> Tensor:
     """Control: negative weights that moved most."""
-    return _negative(layer, -layer.movement)
+    return layer.movement.neg_()
 
 
 @register("smallest-negative")
+@by_sign(-1)
 def smallest_negative(layer: Layer) -> Tensor:
     """Control: the negative weights of least magnitude."""
-    return _negative(layer, layer.weight.abs())
+    return layer.weight.abs()
 
 
 @register("random-negative")
+@by_sign(-1, elementwise=False)
 def random_negative(layer: Layer) -> Tensor:
     """Control: negative weights drawn at random."""
-    return _negative(layer, layer.random)
+    return layer.random
 
 
 @register("random")
+@by_sign(0, elementwise=False)
 def random(layer: Layer) -> Tensor:
     """Control: weights of any sign drawn at random."""
     return layer.random

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ap.names import close_names, refuse_wrappers
-from ap.ranking import apportion, lowest, lowest_per_row, select_lowest
+from ap.ranking import apportion, count_true, lowest, lowest_per_row, select_lowest
 from ap.slots import (
     Filter,
     Handle,
@@ -26,6 +26,7 @@ from ap.slots import (
     follow_optimizer,
     gradient_hook,
     parameter_ids,
+    zeros_of,
 )
 from ap.steps import after_every_step
 
@@ -89,7 +90,7 @@ class Masks:
             )
         self.from_torch_prune_()
         for name, slot in self._slots.items():
-            if slot.mask.numel() == 0 or not bool(slot.mask.any()):
+            if not count_true(slot.mask):
                 warnings.warn(f"{name} has no weight that is alive", stacklevel=2)
 
     @classmethod
@@ -104,7 +105,7 @@ class Masks:
             0
         """
         masks = cls(model, **kwargs)
-        masks.remove({name: masks.weight(name) == 0 for name in masks.names})
+        masks.remove({name: zeros_of(masks.weight(name)) for name in masks.names})
         return masks
 
     @classmethod
@@ -165,7 +166,7 @@ class Masks:
 
     def layer_alive(self) -> dict[str, int]:
         """How many weights of each layer are alive."""
-        return {name: int(torch.count_nonzero(slot.mask)) for name, slot in self._slots.items()}
+        return {name: count_true(slot.mask) for name, slot in self._slots.items()}
 
     def layer_density(self) -> dict[str, float]:
         """The share of each layer's weights that are alive, in [0, 1]."""
@@ -250,9 +251,9 @@ class Masks:
             mask = slot.current_mask()
             if where.shape != mask.shape:
                 raise ValueError(f"{name}: expected shape {list(mask.shape)}, got {list(where.shape)}")
-            before = int(torch.count_nonzero(mask))
+            before = count_true(mask)
             mask.gt_(where.to(mask.device))  # mask and not where, without a temporary
-            after = int(torch.count_nonzero(mask))
+            after = count_true(mask)
             if after != before:
                 gone += before - after
                 slot.apply()
@@ -347,7 +348,7 @@ class Masks:
             >>> masks["weight"].shape, masks.alive, masks.total
             (torch.Size([2, 2]), 4, 6)
         """
-        before = sum(int(torch.count_nonzero(slot.mask)) for slot in self._slots.values())
+        before = sum(count_true(slot.mask) for slot in self._slots.values())
         for slot in self._slots.values():
             if slot.parameter() in kept:
                 slot.follow(kept[slot.parameter()])
@@ -497,7 +498,7 @@ def _choose(
     if scope == "global":
         return select_lowest(scores, eligible, k)
     if scope == "layer":
-        shares = apportion(k, [int(torch.count_nonzero(mask)) for mask in eligible.values()])
+        shares = apportion(k, [count_true(mask) for mask in eligible.values()])
         return {
             name: lowest({name: scores[name]}, {name: mask}, int(share))[name]
             for (name, mask), share in zip(eligible.items(), shares, strict=True)

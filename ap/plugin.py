@@ -17,11 +17,11 @@ from torch.optim.optimizer import Optimizer
 
 from ap import criteria
 from ap.activations.ranges import dead_range, is_activation
-from ap.criteria import Criterion, DecayTracker, Layer, layer_statistics
+from ap.criteria import BySign, Criterion, DecayTracker, Layer, layer_statistics
 from ap.masks import Masks, check_share
 from ap.names import close_names
-from ap.ranking import LazyScores, lowest
-from ap.slots import Handle, Kept
+from ap.ranking import Elementwise, LazyScores, count_true, lowest
+from ap.slots import Handle, Kept, zeros_of
 from ap.steps import after_every_step
 
 
@@ -31,7 +31,7 @@ class Selection(dict[str, Tensor]):
     @property
     def counts(self) -> dict[str, int]:
         """How many of each layer."""
-        return {name: int(torch.count_nonzero(chosen)) for name, chosen in self.items()}
+        return {name: count_true(chosen) for name, chosen in self.items()}
 
     @property
     def total(self) -> int:
@@ -40,7 +40,7 @@ class Selection(dict[str, Tensor]):
 
     def overlap(self, other: Mapping[str, Tensor]) -> float:
         """The share of these weights that `other` has chosen too, in [0, 1]; NaN when nothing is chosen here."""
-        both = sum(int(torch.count_nonzero(chosen & other[name])) for name, chosen in self.items() if name in other)
+        both = sum(count_true(chosen & other[name]) for name, chosen in self.items() if name in other)
         return both / self.total if self.total else float("nan")
 
     def __repr__(self) -> str:
@@ -166,8 +166,8 @@ class AP:
         self._start = {name: self.masks.weight(name).detach().clone() for name in self.masks}
         self._last_zero = {}
         for name, start in self._start.items():
-            zero = (start == 0) & self.masks[name]
-            if bool(zero.any()):
+            zero = zeros_of(start).logical_and_(self.masks[name])
+            if count_true(zero):
                 self._last_zero[name] = zero
         self._decay = DecayTracker()
 
@@ -183,7 +183,7 @@ class AP:
         gone = self.masks.from_torch_prune_()
         dead = {}
         for name in self.masks:
-            zero = (self.masks.weight(name) == 0) & self.masks[name]
+            zero = zeros_of(self.masks.weight(name)).logical_and_(self.masks[name])
             if name in self._last_zero:  # zero at the start and after every step: never learned, not pruned
                 zero &= ~self._last_zero[name]
             dead[name] = zero
@@ -303,26 +303,36 @@ class AP:
             raise RuntimeError("AP does not know where training started: call mark_start() before it, or use cycle()")
         statistics = self._statistics(names) if function is criteria.most_waking else {}
 
-        def score(name: str) -> Tensor:
-            weight = self.masks.weight(name).detach()
-            layer = Layer(
-                name,
-                weight,
-                self._start[name].to(weight.device),
-                self._decay.factor(self.masks.weight(name)),
-                self.seed,
-                statistics.get(name),
-            )
-            return function(layer)
+        def layer(name: str, *pieces: Tensor) -> Layer:
+            weight, start = pieces or self._weight_and_start(name)
+            decay = self._decay.factor(self.masks.weight(name))
+            return Layer(name, weight, start, decay, self.seed, statistics.get(name))
 
-        scores = LazyScores(names, score)
+        scores: LazyScores
+        if isinstance(function, BySign) and function.elementwise:
+            scores = Elementwise(
+                names, self._weight_and_start, lambda name, *pieces: function.scores(layer(name, *pieces))
+            )
+        elif isinstance(function, BySign):
+            scores = LazyScores(names, lambda name: function.scores(layer(name)))
+        else:
+            scores = LazyScores(names, lambda name: function(layer(name)))
         candidates = {}
         for name in names:
-            candidates[name] = self.masks[name] & (scores[name] != torch.inf)
+            if isinstance(function, BySign):
+                may = function.candidates(self.masks.weight(name))
+            else:
+                may = scores[name] != torch.inf
+            may.logical_and_(self.masks[name])
             if leave_out is not None:
-                candidates[name] &= ~leave_out[name]
-        available = sum(int(torch.count_nonzero(mask)) for mask in candidates.values())
+                may.logical_and_(~leave_out[name])
+            candidates[name] = may
+        available = sum(count_true(mask) for mask in candidates.values())
         return Selection(lowest(scores, candidates, min(k, available)))
+
+    def _weight_and_start(self, name: str) -> tuple[Tensor, Tensor]:
+        weight = self.masks.weight(name).detach()
+        return weight, self._start[name].to(weight.device)
 
     def _statistics(self, names: list[str]) -> dict[str, criteria.LayerStatistics]:
         from ap.graph import layer_contexts

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.compiler.disable, but the compiler is not imported until needed
@@ -135,13 +136,31 @@ class Slot:
     def apply(self) -> None:
         """Zeroes what is dead, and tells everyone who multiplies by this mask."""
         parameter, mask = self.parameter(), self.current_mask()
-        parameter.mul_(mask)
+        multiply_(parameter, mask)
         for cached, _ in self._multipliers.values():
             cached.copy_(mask)
         buffer = self.torch_prune_mask()
         if buffer is not None:
             buffer.mul_(mask)
             setattr(self.module(), self.attribute, parameter * buffer)  # as prune's own pre-forward hook does
+
+
+def multiply_(tensor: Tensor, mask: Tensor) -> None:
+    """tensor *= mask. NumPy multiplies floats by bools at the speed of memory, torch by way of a converted copy."""
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        array = tensor.detach().numpy()
+        np.multiply(array, mask.numpy(), out=array)
+        torch.autograd.graph.increment_version(tensor)  # a graph that needs the old values must notice
+    else:
+        tensor.mul_(mask)
+
+
+def zeros_of(tensor: Tensor) -> Tensor:
+    """tensor == 0, as bools; NumPy compares three times as fast."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.asarray(np.equal(tensor.numpy(), 0)))
+    return tensor == 0
 
 
 class Handles:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ap.masks import Masks
-from ap.ranking import LazyScores
+from ap.ranking import Elementwise
 from pruners.base import Batches, LossFn, Pruner, register
 
 
@@ -19,7 +19,7 @@ class Magnitude(Pruner):
         self, model: nn.Module, masks: Masks, batches: Batches | None = None, loss_fn: LossFn | None = None
     ) -> Mapping[str, Tensor]:
         """|w|."""
-        return LazyScores(masks.names, lambda name: masks.weight(name).detach().abs())
+        return Elementwise(masks.names, lambda name: [masks.weight(name)], lambda name, weight: weight.detach().abs())
 
 
 @register("layer-magnitude")
