@@ -108,7 +108,7 @@ def differences(pool: Pool, path: Path) -> Path:
     for report in pool.reports:
         by_pruner.setdefault(report.config.pruner, []).append(report)
     figure = Figure(figsize=(11, 0.5 + 3.2 * len(by_pruner)), layout="constrained")
-    rows = figure.subplots(len(by_pruner), 2, squeeze=False, sharex=True, sharey="col")
+    rows = figure.subplots(len(by_pruner), 2, squeeze=False, sharey="col")
     for axes, (pruner, reports) in zip(rows, by_pruner.items(), strict=True):
         lines = [(report, arm) for report in reports for arm in report.arms]
         number = 0
