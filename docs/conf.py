@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,19 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
 
-def _escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """|w| is a magnitude in this project's docstrings; reStructuredText would look for a substitution."""
+def _escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """In docstrings |w| is a magnitude and * a product, not the markup that reStructuredText looks for; *this* is."""
     doctest = False
     for i, line in enumerate(lines):
         doctest = bool(line.strip()) and (doctest or line.lstrip().startswith(">>>"))
         if not doctest:
-            parts = line.split("`")
-            parts[::2] = [part.replace("|", "\\|") for part in parts[::2]]
-            lines[i] = "`".join(parts)
+            lines[i] = re.sub(r"(``.*?``|`[^`]*`|\*\w[^*]*\w\*)|([*|])", _kept_or_escaped, line)
+
+
+def _kept_or_escaped(match: re.Match[str]) -> str:
+    return match[1] or f"\\{match[2]}"
 
 
 def setup(app: Any) -> None:
     """Sphinx calls it."""
-    app.connect("autodoc-process-docstring", _escape_bars, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _escape, priority=400)  # before napoleon

@@ -24,6 +24,7 @@ def main() -> None:
     picture = ROOT / "docs" / "images" / "quickstart.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "comparison.png", picture)
+    shutil.copyfile(out / "layers.png", picture.with_name("quickstart-layers.png"))
     config = report.config
     text = f"""<!-- quickstart -->
 `{command}`: {config.model} on {config.data}, pruner `{config.pruner}`, {100 * config.amount:g} % of the weights alive
