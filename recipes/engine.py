@@ -7,6 +7,7 @@ finite.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap import DNRMonitor
+from ap import DNRMonitor, Masks
 from ap.activations import param_groups
+from recipes.average import Average
 from recipes.config import Experiment
 from recipes.data import ImageData
 from recipes.resident import Resident, derived_seed
@@ -75,6 +77,8 @@ class Engine:
         self.half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
         if on_gpu:
             torch.backends.cudnn.benchmark = not config.deterministic
+            if config.deterministic:  # what cuBLAS wants to be told before it is used first
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         augment = data.augment if config.augment == "data" else config.augment
         self.train_set = Resident(data.train, data, self.device, augment, config.cutout, config.mixup)
@@ -140,9 +144,9 @@ class Engine:
             loss += F.cross_entropy(outputs, y, reduction="sum")
         return int(right) / len(images), float(loss) / len(images)
 
-    def training(self, model: nn.Module, start_step: int, cycle: int, monitor: DNRMonitor | None = None) -> Training:
-        """A training of `model` from where it stands."""
-        return Training(self, model, start_step, cycle, monitor)
+    def training(self, model: nn.Module, start_step: int, cycle: int, *args: Any, **options: Any) -> Training:
+        """A training of `model` from where it stands, see `Training`."""
+        return Training(self, model, start_step, cycle, *args, **options)
 
 
 class Training:
@@ -154,23 +158,36 @@ class Training:
         start_step: the step that its weights stand at.
         cycle: of the experiment, for the schedule.
         monitor: what counts dead neurons in its steps, attached to `engine.called(model)`.
+        masks: of the weights, so that only gradients of living ones are clipped.
+        phase: "train" or "retrain"; dropout and the like draw other numbers in each.
 
     Attributes:
         step: how many steps have been made, those before `start_step` included.
         last_loss: the mean loss over the last whole epoch.
+        rate_factor: what the schedule's learning rates are multiplied by.
     """
 
     def __init__(
-        self, engine: Engine, model: nn.Module, start_step: int, cycle: int, monitor: DNRMonitor | None = None
+        self,
+        engine: Engine,
+        model: nn.Module,
+        start_step: int,
+        cycle: int,
+        monitor: DNRMonitor | None = None,
+        masks: Masks | None = None,
+        phase: str = "train",
     ) -> None:
-        self.engine, self.model = engine, model
+        self.engine, self.model, self.masks = engine, model, masks
         self.schedule = Schedule.of(engine.config, engine.steps_per_epoch, cycle)
         self.step = start_step
         self.last_loss: float | None = None
+        self.rate_factor = 1.0
         self.optimizer = engine.optimizer(model, self.schedule(start_step))
         self.seconds = 0.0
         self._loss_steps = 0
         self._start = start_step
+        config = engine.config
+        self._average = None if config.ema is None else Average(model, config.ema)
         self._make = (CapturedStep if engine.captured else Step)(
             model,
             engine.called(model),
@@ -179,9 +196,13 @@ class Training:
             engine.training_loss,
             engine.autocast,
             monitor,
+            parts=config.accumulate,
+            before=None if config.clip_norm is None else self._clip,
+            after=None if self._average is None else self._average.update,
+            also=[] if self._average is None else self._average.tensors,
         )
         # Dropout and the like: the same draws in every arm, and in a training that is continued (see state_dict).
-        torch.manual_seed(derived_seed(engine.seed, cycle, 2))
+        torch.manual_seed(derived_seed(engine.seed, cycle, 3 if phase == "retrain" else 2))
 
     @property
     def epoch(self) -> int:
@@ -212,7 +233,7 @@ class Training:
             while self.step < end:
                 place = self.step % engine.steps_per_epoch * size
                 inputs = plan.part(place, place + size)
-                rate = self.schedule(self.step)
+                rate = self.schedule(self.step) * self.rate_factor
                 if not self._make(inputs, rate):
                     raise self._diverged(self.step, inputs, rate)
                 self._loss_steps += 1
@@ -225,6 +246,20 @@ class Training:
         finally:
             self.seconds += time.perf_counter() - began
         return self._close_epoch()
+
+    def finish(self) -> None:
+        """At the end: with `ema`, the model takes the mean over, which is then what is measured, pruned and kept."""
+        if self._average is not None:
+            self._average.adopt()
+
+    def _clip(self) -> None:
+        """Gradients of dead weights count for nothing: a step does not use them."""
+        assert self.engine.config.clip_norm is not None
+        for name in self.masks or ():
+            gradient = self.masks.weight(name).grad  # type: ignore[union-attr]
+            if gradient is not None:
+                gradient.mul_(self.masks[name])  # type: ignore[index]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.engine.config.clip_norm)
 
     def _close_epoch(self) -> float:
         self.last_loss = float(self._make.loss_sum) / max(1, self._loss_steps)
@@ -249,8 +284,11 @@ class Training:
             "loss_steps": self._loss_steps,
             "last_loss": self.last_loss,
             "seconds": self.seconds,
+            "rate_factor": self.rate_factor,
             "rng": torch.get_rng_state(),
         }
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
         if self.engine.device.type == "cuda":
             state["rng_cuda"] = torch.cuda.get_rng_state(self.engine.device)
         return state
@@ -260,7 +298,9 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.last_loss, self.seconds = state["step"], state["last_loss"], state["seconds"]
-        self._start = self.step
+        self._start, self.rate_factor = self.step, state["rate_factor"]
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         self._make.restart()
         self._make.loss_sum.copy_(state["loss_sum"])
         self._loss_steps = state["loss_steps"]

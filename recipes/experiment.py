@@ -31,7 +31,7 @@ from recipes import data as data_sets
 from recipes import models
 from recipes.config import SCHEMA, Arm, Experiment, differences
 from recipes.effective import effective
-from recipes.engine import Diverged, Engine, Stopped, device_of
+from recipes.engine import Diverged, Engine, Stopped, can_capture, device_of
 from recipes.storage import (
     Checkpoints,
     FolderError,
@@ -253,7 +253,12 @@ def execute(
 
 def check(config: Experiment) -> None:
     """What only the whole configuration tells: combinations of pruner, arms and rewinding, and the device."""
-    device_of(config.device)
+    device = device_of(config.device)
+    if config.step == "captured" and not can_capture(config, device):
+        raise ValueError(
+            "--step captured needs a GPU, and no arm with decay-corrected, which follows every step in Python: "
+            "leave --step out, or say --step eager"
+        )
     if ":" in config.model:
         models.load_factory(config.model)
     for arm in config.arms:
@@ -381,7 +386,8 @@ class _Run:
     def execute(self) -> None:
         """Runs all that is left."""
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        self.monitor = DNRMonitor(self.model, every=self.config.monitor_every) if self.config.monitor_every else None
+        every = self.config.monitor_every
+        self.monitor = DNRMonitor(self.engine.called(self.model), every) if every else None
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -416,7 +422,7 @@ class _Run:
 
     def train(self, model: nn.Module, masks: Masks, run: Run) -> dict[str, Any]:
         """One training, then what is measured of the trained network."""
-        training = self.engine.training(model, run.start_step, run.cycle)
+        training = self.engine.training(model, run.start_step, run.cycle, self.monitor, masks, run.phase)
         if self.unfinished is not None:
             with state_errors(self.checkpoints.folder):
                 training.load_state_dict(self.unfinished)
@@ -437,6 +443,7 @@ class _Run:
         except Stopped:
             self.save(training.state_dict())
             raise
+        training.finish()
         if run.phase == "retrain":
             return {}
         return self.measure(model, masks, run, training)
