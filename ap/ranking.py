@@ -352,9 +352,11 @@ def _kth_lowest(source: _Source, size: int, k: int) -> _Threshold:
     outer = _Bracket()  # holds the k-th lowest value for certain
     outside_below = 0  # how many eligible elements are below it
     inside = size
-    stride = max(1, size // SAMPLE)
+    stride = max(1, size // SAMPLE, min(16, size // (SAMPLE // 16 + 1)))  # of a small model fewer are enough
     while True:
         sample = _sample(source, outer, stride)
+        if sample.numel() == 0 and stride > 1:  # none of what may be selected lies at these positions
+            sample = _sample(source, outer, 1)
         stride = 1
         if sample.numel() == 0:  # nothing but NaN is left to look at
             raise ValueError(f"{source.first_nan()}: scores contain NaN")
@@ -364,7 +366,7 @@ def _kth_lowest(source: _Source, size: int, k: int) -> _Threshold:
             if guess.low == guess.high:
                 return _Threshold(guess.low, k - below, k == below + found)
             if values is not None:
-                t = float(torch.kthvalue(values, k - below).values)
+                (t,) = _at_ranks(values, [k - below - 1])
                 lower, equal = count_true(values < t), count_true(values == t)
                 return _Threshold(t, k - below - lower, k == below + lower + equal)
             outer, outside_below, inside = guess, below, found
@@ -378,7 +380,7 @@ def _kth_lowest(source: _Source, size: int, k: int) -> _Threshold:
 
 
 def _guess(sample: Tensor, share: float) -> _Bracket:
-    """Where in a sorted sample the quantile `share` lies, nearly for certain, or one value that has many ties.
+    """Where in a sample the quantile `share` lies, nearly for certain, or one value that has many ties.
 
     A value that makes up much of the sample is looked at by itself: a bracket that holds it stays too large to collect.
     """
@@ -386,16 +388,16 @@ def _guess(sample: Tensor, share: float) -> _Bracket:
     at = min(n - 1, max(0, round(share * n)))
     margin = math.ceil(4 * math.sqrt(n * max(at / n * (1 - at / n), 1 / n))) + 1
     guess = _Bracket()
-    guess.low, guess.high = float(sample[max(0, at - margin)]), float(sample[min(n - 1, at + margin)])
-    for value in (float(sample[at]), guess.low, guess.high):
-        if int(torch.count_nonzero(sample == value)) > n / 20:
+    guess.low, middle, guess.high = _at_ranks(sample, [max(0, at - margin), at, min(n - 1, at + margin)])
+    for value in (middle, guess.low, guess.high):
+        if count_true(sample == value) > n / 20:
             guess.low = guess.high = value
             break
     return guess
 
 
 def _sample(source: _Source, inside: _Bracket, stride: int) -> Tensor:
-    """Sorted values of the bracket, at most a few times SAMPLE of them, evenly spread over all positions."""
+    """Values of the bracket, at most a few times SAMPLE of them, evenly spread over all positions."""
     taken: list[Tensor] = []
     count = 0
     for values, mask in source.chunks(stride):
@@ -408,7 +410,15 @@ def _sample(source: _Source, inside: _Bracket, stride: int) -> Tensor:
         if count > 4 * SAMPLE and stride == 1:  # thin out what there is, again and again
             taken = [torch.cat([t.to(taken[0].device) for t in taken])[::4].clone()]
             count = taken[0].numel()
-    return torch.cat([t.to(taken[0].device) for t in taken]).sort().values
+    return torch.cat([t.to(taken[0].device) for t in taken])
+
+
+def _at_ranks(values: Tensor, ranks: Sequence[int]) -> list[float]:
+    """The values that would be at these places if all were sorted; no NaN among them."""
+    if values.device.type == "cpu":
+        array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        return [float(value) for value in np.partition(array, sorted(set(ranks)))[list(ranks)]]
+    return values.sort().values[list(ranks)].tolist()
 
 
 def _count(source: _Source, inside: _Bracket) -> tuple[int, int, Tensor | None]:
