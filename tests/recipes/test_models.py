@@ -375,6 +375,14 @@ def test_torchvision_untouched_is_torchvisions_own() -> None:
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
+def test_torchvisions_transformer_starts_with_a_classifier_that_gradients_pass() -> None:
+    torch.manual_seed(0)
+    model = create("torchvision/vit_b_16", num_classes=5)
+    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.arange(2)).backward()
+    assert model.heads.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.encoder.layers[0].mlp[0].weight.grad.abs().max() > 0
+
+
 def test_the_same_seed_gives_the_same_weights() -> None:
     drawn = []
     for _ in range(2):
