@@ -1,6 +1,6 @@
 """What one call of each pruner costs on a ResNet-50, against the fastest public way to do the same.
 
-    python scripts/bench_pruners.py --rounds 5 --threads 1
+    python scripts/bench_pruners.py [--rounds 3] [--device cuda] [--only lamp …]
 
 Both sides prune 20 % (nm: half) of a fresh copy of torchvision's ResNet-50, in alternating rounds; data-driven ones see
 one batch of four 64 × 64 images. The public side is torch.nn.utils.prune or torch-pruning, fed with the same scores
@@ -9,11 +9,7 @@ computed in the plainest way where the library has none.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from benchmark import Row, arguments, compare, machine, parse, save
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 from torchvision.models import resnet50
 
 import pruners
+import recipes.models
 from ap.masks import Masks
 
 AMOUNT = 0.2
@@ -92,7 +90,7 @@ def synflow(data: Data) -> Run:
         with torch.no_grad():
             for value in twin.state_dict().values():
                 value.abs_()
-        twin(torch.ones(1, *data[0][0].shape[1:], dtype=torch.float64)).sum().backward()
+        twin(torch.ones_like(data[0][0][:1], dtype=torch.float64)).sum().backward()
         scores = [(m.weight.detach() * m.weight.grad).abs() for m in layers(twin)]
         globally(model, dict(zip(layers(model), scores, strict=True)))
 
@@ -188,51 +186,41 @@ def ours(name: str, data: Data) -> Run:
     return run
 
 
-def timed(run: Run, model: nn.Module) -> float:
-    fresh = copy.deepcopy(model)
-    start = time.perf_counter()
-    run(fresh)
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = arguments(__doc__, rounds=3, quick_rounds=1)
     parser.add_argument("--only", nargs="*", default=None, metavar="PRUNER")
-    options = parser.parse_args()
+    options = parse(parser)
     warnings.simplefilter("ignore")  # layers that nm leaves whole
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    model = resnet50()
-    data = [(torch.randn(4, 3, 64, 64), torch.randint(0, 1000, (4,)))]
-    print(f"{processor()}, {options.threads} thread(s), torch {torch.__version__}, {options.rounds} rounds\n")
-    print("| pruner | s | against | s | ratio (lowest – highest) |\n| --- | --- | --- | --- | --- |")
-    for name, (what, other) in alternatives(data).items():
-        if options.only and name not in options.only:
+    original = (recipes.models.create("resnet20") if options.quick else resnet50()).to(options.device)
+    name = "ResNet-20" if options.quick else "ResNet-50"
+    images = torch.randn(4, 3, 64, 64, device=options.device)
+    data = [(images, torch.randint(0, 10, (4,), device=options.device))]
+    rows: list[Row] = []
+    for pruner, (what, other) in alternatives(data).items():
+        if options.only and pruner not in options.only:
             continue
-        mine, theirs = [], []
-        run = ours(name, data)
-        timed(run, model)  # first calls import and allocate
-        if other is not None:
-            timed(other, model)
-        for _ in range(options.rounds):
-            mine.append(timed(run, model))
-            if other is not None:
-                theirs.append(timed(other, model))
-        ratios = [a / b for a, b in zip(mine, theirs, strict=False)]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "–"
-        their_time = f"{statistics.median(theirs):.2f}" if theirs else "–"
-        print(f"| `{name}` | {statistics.median(mine):.2f} | {what} | {their_time} | {ratio} |", flush=True)
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        mine = f"pruners: {pruner}"
+        candidates = {mine: ours(pruner, data)} | ({what: other} if other is not None else {})
+        reference = what if other is not None else mine
+        rows += compare(
+            candidates,
+            reference,
+            rounds=options.rounds,
+            device=options.device,
+            setting=f"`{pruner}`, {name}",
+            memory=True,
+            fresh=lambda: copy.deepcopy(original),
+        )
+    save(
+        options.json,
+        title="One call of each pruner",
+        about=f"20 % of a fresh {name} (`nm`: half); data-driven ones see four images of 64 × 64. “Plain scores” are "
+        "the same scores in the fewest lines of PyTorch, for want of a published package with them. torch-pruning's own "
+        "step is a part of `structured-magnitude`, which also finds out which channels can go, counts exactly, and "
+        "takes masks, gradients and optimizer states along.",
+        machine=machine(options.device),
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

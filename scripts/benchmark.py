@@ -188,19 +188,29 @@ def by_name(rows: list[Row], name: str, setting: str | None = None) -> Row:
     return next(row for row in rows if row["name"] == name and setting in (None, row["setting"]))
 
 
-def aim(key: str, what: str, measured: float, limit: float, unit: str = "", at_least: bool = False) -> Row:
+def aim(
+    key: str,
+    what: str,
+    measured: float | None,
+    limit: float,
+    unit: str = "",
+    at_least: bool = False,
+    needs: str = "it needs a GPU",
+) -> Row:
     """One aim of the design, and whether it is met.
 
     Args:
         key: a short name, e.g. "masks-step"; `bench_reasons.toml` holds the reason under it where the aim is missed.
         what: what is to hold, in words, without the numbers.
-        measured, limit: of the same unit.
+        measured, limit: of the same unit; None: not measured in this run.
         unit: "" (a ratio), "%", "MiB", "images/s" …
         at_least: the limit is a lower one.
+        needs: why it is not measured.
     """
-    met = measured >= limit if at_least else measured <= limit
-    sign = "≥" if at_least else "≤"
-    print(f"aim {key}: {measured:.4g}{unit and ' '}{unit}, {sign} {limit:.4g}: {'met' if met else 'missed'}")
+    met = None if measured is None else bool(measured >= limit if at_least else measured <= limit)
+    if measured is not None:
+        sign = "≥" if at_least else "≤"
+        print(f"aim {key}: {measured:.4g}{unit and ' '}{unit}, {sign} {limit:.4g}: {'met' if met else 'missed'}")
     return {
         "key": key,
         "what": what,
@@ -209,6 +219,7 @@ def aim(key: str, what: str, measured: float, limit: float, unit: str = "", at_l
         "unit": unit,
         "at_least": at_least,
         "met": met,
+        "needs": needs,
     }
 
 
