@@ -123,6 +123,11 @@ class Cycles:
                 f"a pruner has .prune(model, masks, amount=…) or is a function, not a {type(pruner).__name__}"
             )
         self.rewind = Rewind.parse(rewind, steps_per_epoch)
+        if self.rewind.restores and getattr(pruner, "changes_shapes", False):
+            raise ValueError(
+                f"{getattr(pruner, 'name', type(pruner).__name__)} makes layers smaller, so that earlier weights fit "
+                f"no more: rewind='lr' or 'none', not {rewind!r}"
+            )
         self.model, self.pruner, self.cycles = model, pruner, cycles
         self.variant, self.amount, self.rate = ap, amount, rate
         self.batches, self.loss_fn = batches, loss_fn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 import zlib
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import Optimizer
 
 from ap.names import close_names, refuse_wrappers
@@ -215,8 +217,9 @@ class Masks:
                 lazily (any mapping). `inf` is kept as long as possible.
             amount: share of what is alive, in (0, 1).
             count: how many, instead of `amount`.
-            scope: what is compared with each other: "global", within a "layer", within an output "row", or within a
-                "group" of `group` neighbours along the input axis (as in N:M sparsity).
+            scope: what is compared with each other: "global", within a "layer", within an output "row" (all that one
+                output unit or channel adds up, also of a transposed convolution), or within a "group" of `group`
+                neighbours along the input axis (as in N:M sparsity).
             group: the size of a group; every input axis must be a multiple of it.
 
         Returns:
@@ -232,7 +235,7 @@ class Masks:
         eligible = {name: slot.current_mask() for name, slot in self._slots.items()}
         if self.floor:
             eligible = self._above_floor(scores, eligible, alive, k)
-        return self.remove(_choose(scores, eligible, k, scope, group))
+        return self.remove(_choose(scores, eligible, k, scope, group, self._transposed()))
 
     def remove(self, dead: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:
         """Removes the weights that are True in `dead` (bool tensors by name) and zeroes them; returns how many went.
@@ -251,6 +254,8 @@ class Masks:
             mask = slot.current_mask()
             if where.shape != mask.shape:
                 raise ValueError(f"{name}: expected shape {list(mask.shape)}, got {list(where.shape)}")
+            if where.dtype != torch.bool:
+                raise TypeError(f"{name}: expected bools, True = remove, got {where.dtype}")
             before = count_true(mask)
             mask.gt_(where.to(mask.device))  # mask and not where, without a temporary
             after = count_true(mask)
@@ -305,7 +310,19 @@ class Masks:
             )
         slots = list(self._slots.values())
         self._optimizers.add(optimizer)
-        handles: list[Handle] = [optimizer.register_step_post_hook(lambda opt, args, kwargs: enforce(slots, opt))]
+        warned = False
+
+        def after_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+            nonlocal warned
+            if not enforce(slots, stepped) and not warned:
+                warned = True
+                warnings.warn(
+                    f"this {type(stepped).__name__} no longer holds any of the masked weights, which something "
+                    "replaced (load_state_dict(assign=True)?): make a new optimizer, and bind it",
+                    stacklevel=4,
+                )
+
+        handles: list[Handle] = [optimizer.register_step_post_hook(after_step)]
         if mask_gradients:
             handles += [
                 slot.parameter().register_post_accumulate_grad_hook(gradient_hook(slot))
@@ -359,6 +376,18 @@ class Masks:
             if follower is not None:
                 follower(kept)
         return before - self.alive
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
+        """Masks of a copy of the model, or of the copy that is being made; optimizers are not bound to it."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.floor, copied.model = self.floor, copy.deepcopy(self.model, memo)
+        copied._optimizers, copied._followers = weakref.WeakSet(), []
+        copied._slots = {name: slot.of_copy(memo) for name, slot in self._slots.items()}
+        return copied
+
+    def __reduce__(self) -> Any:
+        raise TypeError("Masks belong to a living model and are not pickled: save masks.state_dict()")
 
     def refresh(self) -> list[str]:
         """After something else gave layers another shape: their masks start whole again, in the new shape.
@@ -451,6 +480,11 @@ class Masks:
         except KeyError:
             raise KeyError(f"no mask named {name!r}{close_names(name, self._slots)}") from None
 
+    def _transposed(self) -> dict[str, int]:
+        """How many groups each transposed convolution has: the first axis of its weight is its input."""
+        slots = ((name, slot.module()) for name, slot in self._slots.items() if slot.attribute == "weight")
+        return {name: module.groups for name, module in slots if isinstance(module, _ConvNd) and module.transposed}
+
     def _check_scores(self, scores: Mapping[str, Tensor]) -> None:
         given = set(scores)
         for name in self._slots:
@@ -493,7 +527,12 @@ def check_share(share: Any, what: str, of: int) -> int:
 
 
 def _choose(
-    scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int, scope: str, group: int
+    scores: Mapping[str, Tensor],
+    eligible: Mapping[str, Tensor],
+    k: int,
+    scope: str,
+    group: int,
+    transposed: Mapping[str, int],
 ) -> Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]:
     if scope == "global":
         return select_lowest(scores, eligible, k)
@@ -507,25 +546,45 @@ def _choose(
         raise ValueError(
             f"scope must be one of {', '.join(get_args(Scope))}, not {scope!r}{close_names(scope, get_args(Scope))}"
         )
-    tables = {name: _table(mask, name, scope, group) for name, mask in eligible.items()}
+    ordinary = {name: _other_way_round(mask, transposed.get(name, 0)) for name, mask in eligible.items()}
+    tables = {name: _table(mask, name, scope, group) for name, mask in ordinary.items()}
     sizes = [table.sum(1).cpu().numpy() for table in tables.values()]
     shares = apportion(k, np.concatenate(sizes))
     dead, at = {}, 0
     for name, table in tables.items():
         quotas = torch.from_numpy(shares[at : at + len(table)]).to(table.device)
         at += len(table)
+        score = scores[name].detach()
+        if score.shape != eligible[name].shape:
+            shapes = list(score.shape), list(eligible[name].shape)
+            raise ValueError(f"{name}: scores of shape {shapes[0]} for weights of shape {shapes[1]}")
+        if not score.dtype.is_floating_point:
+            raise TypeError(f"{name}: scores must be floating point, not {score.dtype}")
         try:
-            rows = lowest_per_row(_table(scores[name].detach(), name, scope, group), table, quotas)
+            score = _other_way_round(score, transposed.get(name, 0))
+            rows = lowest_per_row(_table(score, name, scope, group), table, quotas)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        dead[name] = _untable(rows, eligible[name].shape, scope)
+        dead[name] = _other_way_round(_untable(rows, ordinary[name].shape, scope), transposed.get(name, 0))
     return dead
+
+
+def _other_way_round(values: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's [C_in, C_out / groups, ...] as an ordinary one's [C_out, C_in / groups, ...], or back.
+
+    Layers that are not transposed have 0 groups here, and stay as they are.
+    """
+    if not groups:
+        return values
+    rows, columns = values.shape[:2]
+    apart = values.reshape(groups, rows // groups, columns, *values.shape[2:])
+    return apart.transpose(1, 2).reshape(groups * columns, rows // groups, *values.shape[2:])
 
 
 def _table(values: Tensor, name: str, scope: str, group: int) -> Tensor:
     """[rows, columns]: an output row each, or a group of neighbours along the input axis (axis 1) each."""
     if scope == "row":
-        return values.reshape(len(values), -1) if len(values) else values.reshape(0, 1)
+        return values.reshape(len(values), values[0].numel()) if len(values) else values.reshape(0, 1)
     if group < 1 or values.dim() < 2 or values.shape[1] % group:
         raise ValueError(
             f"{name}: its input axis of shape {list(values.shape)} is not a multiple of the group of {group}"

@@ -62,7 +62,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
 
 
 def refuse_wrappers(model: object) -> None:
-    """Raises TypeError for what is not a plain module: DataParallel, FSDP, or no module at all."""
+    """Raises TypeError for what is not a plain module: DataParallel, FSDP, tensor parallelism, or no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -72,3 +72,5 @@ def refuse_wrappers(model: object) -> None:
         kinds = {base.__name__ for base in type(module).__mro__}
         if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             raise TypeError(f"{where} sharded by FSDP, whose weights are in pieces: prune before wrapping, or use DDP")
+        if any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values()):
+            raise TypeError(f"{where} distributed (DTensor), its weights are in pieces: prune before that, or use DDP")

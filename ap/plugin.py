@@ -171,6 +171,9 @@ class AP:
                 self._last_zero[name] = zero
         self._decay = DecayTracker()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("AP belongs to a living model, and is neither copied nor pickled: AP(copy.deepcopy(masks))")
+
     def detach(self) -> None:
         """Lets go of the model: optimizers may revive dead weights from here on."""
         for handle in self._handles:

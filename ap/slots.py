@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -54,9 +55,13 @@ class Slot:
         self.name = name
         self.attribute = attribute
         self._module = weakref.ref(module)
-        self.mask = torch.ones_like(self.parameter(), dtype=torch.bool, requires_grad=False)
+        self.mask = self._whole()
         self._multipliers: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int]] = {}
         self.gone = 0  # how many weights were removed physically: these count as dead
+
+    def _whole(self) -> Tensor:
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be updated outside of it
+            return torch.ones_like(self.parameter(), dtype=torch.bool, requires_grad=False)
 
     @property
     def total(self) -> int:
@@ -69,6 +74,14 @@ class Slot:
         if module is None:
             raise ReferenceError(f"{self.name}: the model of these masks no longer exists")
         return module
+
+    def of_copy(self, memo: dict[int, Any]) -> Slot:
+        """The slot of a model that was copied with `copy.deepcopy(model, memo)`."""
+        slot = Slot.__new__(Slot)  # the copy may be half-made still: its parameters are not looked at
+        slot.name, slot.attribute, slot.gone = self.name, self.attribute, self.gone
+        slot._module = weakref.ref(copy.deepcopy(self.module(), memo))
+        slot.mask, slot._multipliers = self.current_mask().clone(), {}
+        return slot
 
     def find(self) -> nn.Parameter | None:
         """The parameter as it is now, or None when the layer or the parameter is gone."""
@@ -89,7 +102,10 @@ class Slot:
 
     def torch_prune_mask(self) -> Tensor | None:
         """The buffer that torch.nn.utils.prune keeps for this weight, if it does."""
-        return self.module()._buffers.get(self.attribute + "_mask")
+        module = self.module()
+        if module._parameters.get(self.attribute + "_orig") is None:
+            return None  # a buffer of that name is the layer's own
+        return module._buffers.get(self.attribute + "_mask")
 
     def current_mask(self) -> Tensor:
         """The mask, on the device where the weight is now."""
@@ -116,7 +132,7 @@ class Slot:
         if parameter.shape == self.mask.shape:
             return False
         self.gone = max(0, self.total - parameter.numel())
-        self.mask = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+        self.mask = self._whole()
         self._multipliers.clear()
         return True
 
@@ -177,8 +193,11 @@ class Handles:
 # A compiled optimizer step runs this eagerly, behind a graph break, instead of specialising on every weight and mask.
 @_disable_dynamo
 @torch.no_grad()
-def enforce(slots: list[Slot], optimizer: Optimizer) -> None:
-    """After a step: one fused multiply zeroes the dead weights and their entries in the optimizer's state."""
+def enforce(slots: list[Slot], optimizer: Optimizer) -> bool:
+    """After a step: one fused multiply zeroes the dead weights and their entries in the optimizer's state.
+
+    Returns whether the optimizer holds any of these weights.
+    """
     held = parameter_ids(optimizer)
     tensors: list[Tensor] = []
     multipliers: list[Tensor] = []
@@ -194,6 +213,7 @@ def enforce(slots: list[Slot], optimizer: Optimizer) -> None:
                 multipliers.append(slot.multiplier(value))
     if tensors:
         torch._foreach_mul_(tensors, multipliers)
+    return bool(tensors)
 
 
 def follow_optimizer(optimizer: Optimizer, kept: Mapping[nn.Parameter, Kept]) -> None:
@@ -227,24 +247,33 @@ def find_slots(model: nn.Module, include: Filter | None, exclude: Filter | None)
     """The weights to prune, in module order, as `Masks` describes them."""
     candidates: dict[str, tuple[nn.Module, str]] = {}
     others: dict[str, tuple[nn.Module, str]] = {}
-    seen: set[int] = set()
+    first: dict[int, str] = {}  # the name that a parameter has already
     for prefix, module in named_modules(model):
         prunable = _weight_attributes(module)
-        if prunable and "parametrizations" in module._modules:
-            warnings.warn(f"{prefix}: its weight is computed by a parametrization and is left out", stacklevel=3)
+        if _is_computed(module):
+            warnings.warn(
+                f"{prefix or type(module).__name__}: its weight is computed, by a parametrization, weight_norm or "
+                "spectral_norm, and is left out",
+                stacklevel=3,
+            )
         for attribute, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
+            if parameter is None:
                 continue
-            seen.add(id(parameter))
             plain = attribute.removesuffix("_orig") if attribute + "_mask" not in module._buffers else attribute
             if f"{plain}_mask" not in module._buffers:
                 plain = attribute
             name = f"{prefix}.{plain}" if prefix else plain
+            if parameter.is_meta and plain in prunable:
+                raise ValueError(f"{name} is on the meta device, without any values: give the model its weights first")
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 if plain in prunable:
                     raise ValueError(f"{name} is not initialised yet: run the model once on example data first")
                 continue
-            (candidates if plain in prunable else others)[name] = (module, plain)
+            known = first.get(id(parameter))
+            if known is None or (plain in prunable and known in others):  # an embedding's weight that is a layer's too
+                others.pop(known or "", None)
+                first[id(parameter)] = name
+                (candidates if plain in prunable else others)[name] = (module, plain)
     names = list(candidates)
     if include is not None:
         chosen = _match(candidates, include, "include", extra=others)
@@ -260,6 +289,15 @@ def _weight_attributes(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, (_ConvNd, nn.Linear, nn.Bilinear)):
         return ("weight",)
     return _ATTENTION if isinstance(module, nn.MultiheadAttention) else ()
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weight is no parameter any more, so that zeros written into it would not last."""
+    if not isinstance(module, (_ConvNd, nn.Linear, nn.Bilinear)):
+        return bool(_weight_attributes(module)) and "parametrizations" in module._modules
+    held = module._parameters
+    pruned = held.get("weight_orig") is not None and "weight_mask" in module._buffers
+    return held.get("weight") is None and not pruned
 
 
 def _match(

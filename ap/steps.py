@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-AfterStep = Callable[[Optimizer, Any, Any], None]
+AfterStep = Callable[[Optimizer, Any, Any], object]
 
 # Replaced and never changed: PyTorch's own dictionary of hooks cannot change while another thread goes through it.
 _functions: dict[int, AfterStep] = {}
