@@ -1,0 +1,185 @@
+"""The plans: what is asked, what is run, and how it will be judged, written before the runs.
+
+All experiments prune in steps that stand for several of the published ones: with p = 1 − 0.8ᵏ and q = p / 10 a cycle
+removes what k cycles of 20 % remove, and AP has the same tenth of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ap import criteria
+from ap.names import unknown
+from recipes.config import Experiment
+
+THREE, FIVE = round(1 - 0.8**3, 3), round(1 - 0.8**5, 4)  # p of a cycle that stands for three or five of 20 %
+DECAY = 5e-4
+PRUNERS = ("magnitude", "gradient", "lamp", "lookahead", "synflow")
+ARMS = ("none", "lite", "pro", "pro:pruner")
+FRESH = 1000  # the first of the seeds that nothing was chosen on
+
+MLP = Experiment(
+    model="lenet-300-100",
+    data="fashion-mnist",
+    cycles=5,
+    amount=THREE,
+    rate=round(THREE / 10, 4),
+    epochs=2,
+    batch_size=64,
+    lr=0.05,
+    schedule="linear",
+    weight_decay=0.0,
+    monitor_every=25,
+    threads=1,
+)
+SMALL_MLP = replace(MLP, train_images=10_000, epochs=4)
+RESNET = Experiment(
+    model="resnet20",
+    width=0.5,
+    data="cifar10",
+    image_size=16,
+    train_images=10_000,
+    augment="none",
+    cycles=3,
+    amount=FIVE,
+    rate=round(FIVE / 10, 4),
+    epochs=4,
+    batch_size=128,
+    lr=0.2,
+    warmup="0.5ep",
+    schedule="linear",
+    weight_decay=DECAY,
+    monitor_every=20,
+    threads=1,
+)
+VGG = replace(RESNET, model="vgg11", width=0.125, image_size=None, epochs=6, lr=0.02, warmup="1ep", weight_decay=0.0)
+CNN = replace(RESNET, model="cnn", width=1.0, epochs=4, batch_size=64, lr=0.05, warmup="0ep", weight_decay=0.0)
+VIT = replace(
+    RESNET,
+    ap=("none",),
+    model="vit-mini",
+    width=0.5,
+    train_images=5_000,
+    optimizer="adamw",
+    lr=1e-3,
+    warmup="1ep",
+    weight_decay=0.01,
+    seeds=2,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A question, and what answers it.
+
+    Attributes:
+        name: of the plan and its page.
+        question: what is asked.
+        text: what is run, the primary outcome, and the rule by which it will be judged; Markdown.
+        experiments: by the name of their folder.
+        reuses: folders of other plans that the page reads too.
+    """
+
+    name: str
+    question: str
+    text: str
+    experiments: dict[str, Experiment]
+    reuses: tuple[str, ...] = ()
+
+
+def _grid() -> dict[str, Experiment]:
+    base = replace(SMALL_MLP, ap=ARMS)
+    return {
+        f"grid-{pruner}-{'decay' if decay else 'no-decay'}": replace(base, pruner=pruner, weight_decay=decay)
+        for pruner in PRUNERS
+        for decay in (0.0, DECAY)
+    }
+
+
+def _criteria() -> dict[str, Experiment]:
+    # Without weight decay `decay-corrected` is AP's criterion, and is left to the arm with decay.
+    controls = [name for name in criteria.names() if name not in ("least-moved-negative", "decay-corrected", "pruner")]
+    arms = ("none", "lite", *(f"lite:{name}" for name in controls))
+    return {
+        "criteria-global": replace(SMALL_MLP, ap=arms, seeds=10),
+        "criteria-as-ap": replace(SMALL_MLP, ap=arms[2:], seeds=6, allocation="as-ap"),
+        "criteria-decay": replace(
+            SMALL_MLP,
+            ap=("none", "lite", "lite:decay-corrected", "lite:smallest-negative"),
+            seeds=10,
+            weight_decay=DECAY,
+        ),
+    }
+
+
+PLANS: dict[str, Plan] = {
+    plan.name: plan
+    for plan in (
+        Plan(
+            "dead-neurons",
+            "How do dead-neuron rates depend on density and training step, in networks of different kinds?",
+            "The rates of the networks of the other plans (an MLP, a ResNet with BatchNorm, a VGG without), and of a "
+            "small vision transformer with GELU and with ReLU, all pruned by magnitude without AP. Primary outcome: "
+            "the change of the dynamic rate from the dense network to the last density, with its 95 % interval over "
+            "seeds. The published claim holds for a network if that interval is below zero. Rates over training "
+            "steps are of training passes, one window an epoch, and are shown without a test.",
+            {
+                "vit-gelu": replace(VIT, activation="gelu"),
+                "vit-relu": replace(VIT, activation="relu"),
+            },
+            reuses=("headline-mlp", "headline-resnet", "headline-vgg"),
+        ),
+        Plan(
+            "effect",
+            "Does AP raise the accuracy of pruned networks at equal density and budget?",
+            "Headline cells, magnitude pruning: LeNet-300-100 on all of Fashion-MNIST with and without weight decay "
+            "(ten seeds), a ResNet-20 of half width with BatchNorm and a VGG-11 of an eighth of the width without, "
+            "on 10,000 CIFAR-10 images (ten and six seeds). Grid: five pruners × none, lite, pro, pro:pruner × with "
+            "and without weight decay, LeNet-300-100 on 10,000 Fashion-MNIST images (three seeds: a first look "
+            "only). Primary outcome: test accuracy at the last density, lite against none and pro against "
+            "pro:pruner, paired by seed. AP helps in a cell if the paired t-test survives Holm's correction over its "
+            "table; it is equivalent if two one-sided tests place the difference within ±0.5 points. The last epoch "
+            "counts. Nothing is tuned for an arm: learning rates were set on the dense network.",
+            {
+                "headline-mlp": replace(MLP, ap=ARMS, seeds=10, cycles=6),
+                "headline-mlp-decay": replace(MLP, ap=("none", "lite"), seeds=10, cycles=6, weight_decay=DECAY),
+                "headline-resnet": replace(RESNET, seeds=10),
+                "headline-vgg": replace(VGG, seeds=6),
+                **_grid(),
+            },
+        ),
+        Plan(
+            "criteria",
+            "Which weights must go: does AP's choice beat its controls, and does any other?",
+            "Every criterion beside magnitude pruning, lite schedule, compared globally and with AP's own numbers "
+            "per layer (six seeds); LeNet-300-100 on 10,000 Fashion-MNIST images, ten seeds; with weight decay also "
+            "AP's criterion corrected for it. A criterion is worth confirming if its mean validation accuracy over "
+            "the three lowest densities is the highest; that one and AP's are then run against none with ten fresh "
+            "seeds on another data set and network (a small CNN on 10,000 CIFAR-10 images). It beats AP if it does "
+            "so there, p < 0.05 after Holm's correction, at the last density. Across criteria: the correlation of "
+            "the change in accuracy with the change in dead-neuron rate.",
+            _criteria(),
+        ),
+        Plan(
+            "activations",
+            "Does the activation matter in a pruned network, and does AP's effect depend on it?",
+            "Every registered activation in LeNet-300-100 on 10,000 Fashion-MNIST images, dense and at two "
+            "densities, without AP and with lite; three seeds, the same learning rate for all. Exploratory: no "
+            "activation is declared better than ReLU from three seeds; what survives Holm's correction over all of "
+            "them is named.",
+            {},
+        ),
+    )
+}
+
+
+def names() -> list[str]:
+    """The plans."""
+    return list(PLANS)
+
+
+def get(name: str) -> Plan:
+    """The plan of this name; ValueError with the close names for others."""
+    if name not in PLANS:
+        raise unknown("answer", name, PLANS)
+    return PLANS[name]
