@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ap.activations import lean
+from ap.activations.lean import Number
 from ap.activations.parameters import along, free, value_of, wide
 from ap.activations.ranges import SMOOTH_EPS, DeadRange, numeric, per_channel
-
-
-class _SwishFixed(torch.autograd.Function):
-    """For a number β: keeps x alone, like SiLU, whose kernels it uses: silu(βx)/β has the slope of SiLU at βx."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, beta: float) -> Tensor:
-        return _fixed(x, beta)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.beta = inputs[1]
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        z = _finite(x if ctx.beta == 1 else x * ctx.beta)
-        if not torch.is_grad_enabled():
-            return torch.ops.aten.silu_backward(grad, z), None
-        s = torch.sigmoid(z)  # the fused kernel has no derivative of its own
-        return grad * (s + z * s * (1 - s)), None
-
-
-def _fixed(x: Tensor, beta: float) -> Tensor:
-    if beta == 1:
-        return F.silu(x.clamp(min=torch.finfo(x.dtype).min), inplace=True)
-    z = x.float() if x.dtype == torch.float16 else x  # βx may be beyond float16 where x·σ(βx) is not
-    return F.silu((z * beta).clamp_(min=torch.finfo(z.dtype).min), inplace=True).div_(beta).to(x.dtype)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -50,56 +22,80 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp(-limit, limit)
 
 
-class _Swish(torch.autograd.Function):
-    """For a learnable β: keeps x alone and computes the sigmoid again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, beta: Tensor) -> Tensor:
-        return _swish(x, beta)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        x, beta = ctx.saved_tensors
-        x = _finite(wide(x))
-        b = beta.to(x.dtype)
-        s = torch.sigmoid(b * x)
-        slope = x * s * (1 - s)
-        by_beta = (wide(grad) * (x * slope)).sum_to_size(beta.shape)
-        return (grad * (s + b * slope)).to(grad.dtype), by_beta.to(beta.dtype)
+def _plain(x: Tensor, beta: Number) -> Tensor:
+    if not isinstance(beta, Tensor) and beta == 1:
+        return F.silu(x.clamp(min=torch.finfo(x.dtype).min))
+    z = wide(x)
+    beta = beta.to(z.dtype) if isinstance(beta, Tensor) else beta
+    finite = _finite(z)
+    # Back to ±∞ where x is: only the side on which the sigmoid is 0 needed the finite number.
+    share = torch.sigmoid(beta * finite)
+    return (torch.where(share > 0, z, finite) * share).to(x.dtype)
 
 
-def _swish(x: Tensor, beta: Tensor) -> Tensor:
-    dtype = x.dtype
-    x = wide(x)
-    beta = beta.to(x.dtype)
-    finite = _finite(x)
-    # Back to +∞ where x is: only the side on which the sigmoid is 0 needed the finite number.
-    return (torch.where(x == torch.inf, x, finite) * torch.sigmoid(beta * finite)).to(dtype)
+def _forward(x: Tensor, beta: Number) -> Tensor:
+    if x.device.type != "cpu":
+        return _plain(x, beta)
+    known = _as(beta, x)
+    out = torch.empty_like(x)
+    for a, y in lean.blocks((x, out), known):
+        z = a if not isinstance(known, Tensor) and known == 1 else wide(a) * known
+        if not lean.is_finite(z):
+            y.copy_(_plain(a, known))
+        elif z is a:
+            torch.ops.aten.silu.out(a, out=y)
+        else:
+            torch.mul(wide(a), z.sigmoid_(), out=y)
+    return out
 
 
-class _GCU(torch.autograd.Function):
-    """Keeps x alone."""
+def _backward(grad: Tensor, x: Tensor, beta: Number, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    known = _as(beta, x)
+    out = torch.empty_like(grad) if needs[0] else None
+    total = torch.zeros_like(beta, dtype=wide(x[:0]).dtype) if needs[1] and isinstance(beta, Tensor) else None
+    for g, a, *result in lean.blocks((grad, x, *([] if out is None else [out])), known):
+        g, a = wide(g), wide(a)
+        z = a if not isinstance(known, Tensor) and known == 1 else a * known
+        if x.device.type != "cpu" or not lean.is_finite(z):
+            a = _finite(a)
+            z = _finite(a * known)
+        for gradient in result:  # silu(βx)/β has the slope of SiLU at βx
+            if gradient.dtype == g.dtype:
+                torch.ops.aten.silu_backward.grad_input(g, z, grad_input=gradient)
+            else:
+                gradient.copy_(torch.ops.aten.silu_backward(g, z))
+        if total is not None:
+            total += lean.inner(torch.ops.aten.sigmoid_backward(g, torch.sigmoid(z)).mul_(a), a, total)  # g·x²·s(1 − s)
+    return out, total
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * torch.cos(x)
+def _as(beta: Number, x: Tensor) -> Number:
+    known = lean.number(beta)
+    return known.to(wide(x[:0]).dtype) if isinstance(known, Tensor) else known
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return grad * (torch.cos(x) - x * torch.sin(x))
+_SWISH = lean.Rule(_plain, _forward, _backward)
+
+
+def _plain_gcu(x: Tensor) -> Tensor:
+    return x * torch.cos(x)
+
+
+def _gcu_forward(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for a, y in lean.blocks((x, out)):
+        torch.mul(a, torch.cos(a), out=y)
+    return out
+
+
+def _gcu_backward(grad: Tensor, x: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    out = torch.empty_like(grad)
+    for g, a, result in lean.blocks((grad, x, out)):
+        torch.mul(g, torch.cos(a).addcmul_(a, torch.sin(a), value=-1), out=result)
+    return (out,)
+
+
+_GCU = lean.Rule(_plain_gcu, _gcu_forward, _gcu_backward)
 
 
 def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
@@ -114,16 +110,14 @@ def swish(x: Tensor, beta: float | Tensor = 1.0) -> Tensor:
         tensor([0.0000, 0.5000])
     """
     if isinstance(beta, Tensor):
-        return _swish(x, beta) if torch.compiler.is_compiling() else _Swish.apply(x, beta)  # type: ignore[no-any-return]
+        return lean.call(_SWISH, x, beta)
     if math.isnan(beta):
         raise ValueError("beta must be a number, not NaN")
     if beta == 0:
         return x / 2
     if math.isinf(beta):
         return F.relu(x) if beta > 0 else -F.relu(-x)
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-        return _fixed(x, beta)
-    return _SwishFixed.apply(x, float(beta))  # type: ignore[no-any-return]
+    return lean.call(_SWISH, x, float(beta))
 
 
 def gcu(x: Tensor) -> Tensor:
@@ -132,7 +126,7 @@ def gcu(x: Tensor) -> Tensor:
     >>> gcu(torch.tensor([0.0, torch.pi]))
     tensor([ 0.0000, -3.1416])
     """
-    return x * torch.cos(x) if torch.compiler.is_compiling() else _GCU.apply(x)  # type: ignore[no-any-return]
+    return lean.call(_GCU, x)
 
 
 class Swish(nn.Module):

@@ -9,32 +9,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ap.activations import lean
 from ap.activations.ranges import NEGATIVE, DeadRange, squared
 
 STAR_SCALE, STAR_BIAS = 1 / math.sqrt(1.25), -0.5 / math.sqrt(1.25)
 
 
 class _HeLU(torch.autograd.Function):
-    """Keeps one byte an element: where the gradient passes. It is returned too, so that torch.func can batch it."""
-
-    generate_vmap_rule = True
+    """Keeps one byte an element: where the gradient passes."""
 
     @staticmethod
     def forward(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
         if x.device.type != "cpu":
             return F.relu(x), x > -alpha
-        # Twice as fast on a CPU as comparing into bools, and as exact: x + α has the sign of the comparison.
-        return F.relu(x), F.relu(x + alpha).to(torch.bool)
+        out, passes = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
+        for a, y, bits in lean.blocks((x, out, passes)):
+            torch.clamp(a, min=0, out=y)
+            # Compared into the input's type, then converted: several times faster on a CPU than into bools.
+            bits.copy_(torch.gt(a, -alpha, out=torch.empty_like(a)))
+        return out, passes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        (passes,) = ctx.saved_tensors
+        if grad is None:
+            return None, None
+        if torch.is_grad_enabled() or grad.device.type != "cpu":
+            return grad * passes.to(grad.dtype), None
+        out = torch.empty_like(grad)
+        for g, bits, result in lean.blocks((grad, passes, out)):
+            torch.mul(g, bits.to(g.dtype), out=result)  # to multiply by the bytes themselves is many times slower
+        return out, None
+
+
+class _HeLUInGraphs(torch.autograd.Function):
+    """The same in plain operations. The mask is returned too, so that torch.func can batch it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        return F.relu(x), x > -alpha
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         (passes,) = ctx.saved_tensors
-        return grad * passes.to(grad.dtype), None  # to multiply by bools is many times slower
+        return grad * passes.to(grad.dtype), None
+
+
+class _HeLUInTransforms(_HeLUInGraphs):
+    """With a forward-mode derivative, the surrogate too, which torch.compile would refuse."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        (passes,) = ctx.saved_tensors
+        return tangent * passes.to(tangent.dtype), None
 
 
 def helu(x: Tensor, alpha: float = 0.05) -> Tensor:
@@ -56,7 +97,11 @@ def helu(x: Tensor, alpha: float = 0.05) -> Tensor:
     # Not asked: x.requires_grad, which is False inside vmap even where the gradient is taken outside of it.
     if not torch.is_grad_enabled() or _exporting():
         return F.relu(x)
-    return _HeLU.apply(x, float(alpha))[0]  # type: ignore[no-any-return]
+    if lean.is_everyday():
+        function: Any = _HeLU
+    else:
+        function = _HeLUInGraphs if torch.compiler.is_compiling() else _HeLUInTransforms
+    return function.apply(x, float(alpha))[0]  # type: ignore[no-any-return]
 
 
 def _exporting() -> bool:

@@ -13,70 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap.activations.parameters import Positive, along, free, value_of, wide
+from ap.activations import lean
+from ap.activations.lean import Number
+from ap.activations.parameters import Positive, along, free, value_of
 from ap.activations.ranges import DeadRange, per_channel, solve
-
-Number = float | Tensor
-FLOOR = 1e-6
-"""A half-width below this is none: the function is then the one with a kink, since dividing by it would give NaN."""
-
-
-class _SmeLU(torch.autograd.Function):
-    """Keeps only its output, which the next layer keeps anyway: the slope is √(y/β) below y = β, and 1 above."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, beta: float) -> Tensor:
-        # `_smelu`, in two buffers: without a graph nothing else is needed.
-        t = x.add(beta).div_(2 * beta).clamp_(0, 1)
-        return x.sub(beta).relu_().addcmul_(t, t, value=beta)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.beta = inputs[1]
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (y,) = ctx.saved_tensors
-        return grad * (_Slope.apply(y, ctx.beta) if torch.is_grad_enabled() else _slope(y, ctx.beta)), None
-
-
-class _Slope(torch.autograd.Function):
-    """√(y/β) up to 1, whose own derivative is taken as 0 where y = 0: there the root's is infinite and y's is 0."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, beta: float) -> Tensor:
-        return _slope(y, beta)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.beta = inputs[1]
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (t,) = ctx.saved_tensors
-        return torch.where((t > 0) & (t < 1), grad / (2 * ctx.beta * t), torch.zeros_like(grad)), None
-
-
-def _slope(y: Tensor, beta: float) -> Tensor:
-    # √s as s·rsqrt(s): the root itself takes many times as long on a CPU where it meets a 0.
-    s = y.div(beta).clamp_(max=1)
-    return s.clamp(min=torch.finfo(s.dtype).tiny).rsqrt_().mul_(s)
-
-
-def _between(x: Tensor, low: Number, high: Number) -> Tensor:
-    """x clamped; the slope is 1 at the ends themselves, which torch.clamp leaves to its version."""
-    return torch.where(x > high, high, torch.where(x < low, low, x))  # both select only, so no NaN can appear
-
-
-def _smelu(x: Tensor, beta: Number) -> Tensor:
-    t = (_between(x, -beta, beta) + beta) / (2 * beta)
-    return beta * t * t + F.relu(x - beta)
+from ap.activations.smooth_rules import (
+    FLOOR,
+    SMELU,
+    SMOOTHSTEP,
+    UNIFORM,
+    Rise,
+    plain_rescu,
+    plain_smelu,
+    uniform,
+    uniform_integral,
+)
 
 
 def smelu(x: Tensor, beta: Number = 0.5) -> Tensor:
@@ -91,14 +42,13 @@ def smelu(x: Tensor, beta: Number = 0.5) -> Tensor:
         tensor([0.0000, 0.1250, 1.0000])
     """
     if isinstance(beta, Tensor):
-        z = wide(x)
-        return _smelu(z, beta.to(z.dtype).clamp(min=FLOOR)).to(x.dtype)
+        return lean.call(SMELU, x, beta)
     _not_negative("beta", beta)
     if beta < FLOOR:
         return F.relu(x)
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-        return _smelu(x, beta)
-    return _SmeLU.apply(x, float(beta))  # type: ignore[no-any-return]
+    if lean.is_everyday() and x.is_floating_point():
+        return Rise.apply(x, float(beta), 2.0 * beta)  # type: ignore[no-any-return]
+    return plain_smelu(x, beta)
 
 
 def rescu(
@@ -129,46 +79,10 @@ def rescu(
     """
     if (cdf is None) != (integral is None):
         raise ValueError("rescu takes cdf and integral together: the integral of the CDF from 0")
-    for name, width in (("alpha", alpha), ("beta", beta)):
-        if not isinstance(width, Tensor):
-            _not_negative(name, width)
-    dtype = x.dtype
-    if any(isinstance(p, Tensor) for p in (alpha, beta, g_minus, g_plus, t)):
-        x = wide(x)
-    alpha, beta, g_minus, g_plus, t = (
-        p.to(x.dtype) if isinstance(p, Tensor) else p for p in (alpha, beta, g_minus, g_plus, t)
-    )
-    area = integral if integral is not None else _smoothstep_integral
-    width = alpha + beta
-    width = width.clamp(min=FLOOR) if isinstance(width, Tensor) else max(width, FLOOR)
-    tau = (_between(x, -alpha, beta) + alpha) / width
-    between = (g_plus - g_minus) * width * area(tau) + g_minus * width * tau
-    return (between + _times(g_minus, -F.relu(-alpha - x)) + _times(g_plus, F.relu(x - beta)) + t).to(dtype)
-
-
-def _times(slope: Number, part: Tensor) -> Tensor:
-    """slope · part, where 0 · ∞ is 0 and no gradient is NaN."""
-    if not isinstance(slope, Tensor):
-        return slope * part if slope else torch.zeros_like(part)
-    limit = torch.finfo(part.dtype).max
-    infinite = part.isinf() & (slope != 0)
-    return torch.where(infinite, slope.detach().sign() * part, slope * part.clamp(-limit, limit))
-
-
-def _smoothstep(tau: Tensor) -> Tensor:
-    return tau * tau * (3 - 2 * tau)
-
-
-def _smoothstep_integral(tau: Tensor) -> Tensor:
-    return tau**3 * (1 - tau / 2)
-
-
-def _uniform(tau: Tensor) -> Tensor:
-    return tau
-
-
-def _uniform_integral(tau: Tensor) -> Tensor:
-    return tau * tau / 2
+    _check_widths(alpha, beta)
+    if integral is None:
+        return lean.call(SMOOTHSTEP, x, alpha, beta, g_minus, g_plus, t)
+    return plain_rescu(x, alpha, beta, g_minus, g_plus, t, integral=integral)  # which may have parameters of its own
 
 
 def gsmelu(
@@ -185,7 +99,18 @@ def gsmelu(
         >>> gsmelu(torch.tensor([-1.0, 0.0, 1.0])).tolist() == smelu(torch.tensor([-1.0, 0.0, 1.0])).tolist()
         True
     """
-    return rescu(x, alpha, beta, g_minus, g_plus, t, _uniform, _uniform_integral)
+    _check_widths(alpha, beta)
+    numbers = (alpha, beta, g_minus, g_plus, t)
+    rises = not any(isinstance(p, Tensor) for p in numbers) and numbers[2:] == (0, 1, 0) and alpha + beta >= FLOOR
+    if rises and x.is_floating_point() and lean.is_everyday():
+        return Rise.apply(x, float(alpha), float(alpha + beta))  # type: ignore[no-any-return]
+    return lean.call(UNIFORM, x, *numbers)
+
+
+def _check_widths(alpha: Number, beta: Number) -> None:
+    for name, width in (("alpha", alpha), ("beta", beta)):
+        if not isinstance(width, Tensor):
+            _not_negative(name, width)
 
 
 def _not_negative(name: str, value: float) -> None:
@@ -295,9 +220,11 @@ class RESCU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Element by element."""
+        return rescu(x, **self._numbers(x), cdf=self.cdf, integral=self.integral)
+
+    def _numbers(self, x: Tensor) -> dict[str, Number]:
         names = ("alpha", "beta", "g_minus", "g_plus", "t")
-        numbers = {name: along(getattr(self, name), x, self.channel_dim) for name in names}
-        return rescu(x, **numbers, cdf=self.cdf, integral=self.integral)
+        return {name: along(getattr(self, name), x, self.channel_dim) for name in names}
 
     @property
     def dead_range(self) -> DeadRange | None:
@@ -354,5 +281,9 @@ class GSmeLU(RESCU):
         channel_dim: int = 1,
     ) -> None:
         super().__init__(
-            alpha, beta, g_minus, g_plus, t, _uniform, _uniform_integral, learnable, num_parameters, channel_dim
+            alpha, beta, g_minus, g_plus, t, uniform, uniform_integral, learnable, num_parameters, channel_dim
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return gsmelu(x, **self._numbers(x))
