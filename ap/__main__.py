@@ -42,7 +42,8 @@ def _run(script: str, arguments: list[str], module: bool) -> None:
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=script, __builtins__=__builtins__)
     sys.modules["__main__"] = main
-    exec(compile(Path(script).read_bytes(), script, "exec"), main.__dict__)
+    # Without dont_inherit this file's `annotations` would hold in the script, too.
+    exec(compile(Path(script).read_bytes(), script, "exec", dont_inherit=True), main.__dict__)
 
 
 def main(arguments: list[str] | None = None) -> None:

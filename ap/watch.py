@@ -11,27 +11,45 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 
 from ap.compat.called import CalledModules, stepped
 from ap.compat.loggers import CSVWriter
 from ap.dnr import DNRMonitor
+from ap.steps import StepHandle, after_every_step
 
 _SCHEMA = 1
 
 
 @dataclass
 class _Watched:
+    """A model under observation. One of its optimizers, the leader, counts its training steps."""
+
     name: str
     monitor: DNRMonitor
     writer: Any
-    first: int  # the id of the parameter that tells its optimizer
-    step: int = 0
+    leader: weakref.ref[Optimizer]
+    step: int  # how many there were
+    others: set[int] = field(default_factory=set)  # optimizers that stepped since the leader did
+
+    def count(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer's step is a training step, and not the second half of one with two optimizers.
+
+        A loop that makes a new optimizer leaves the old one behind: whoever steps twice without the leader takes over.
+        """
+        if self.leader() is not optimizer:
+            if self.leader() is not None and id(optimizer) not in self.others:
+                self.others.add(id(optimizer))
+                return False
+            self.leader = weakref.ref(optimizer)
+        self.others.clear()
+        self.step += 1
+        return True
 
 
 def _say(line: str) -> None:
@@ -54,14 +72,17 @@ class Watcher:
         self.folder = Path(folder).absolute()
         self.every, self.log_every = every, log_every
         self.watched: list[_Watched] = []
+        self._names: set[str] = set()
         self._called = CalledModules()
         self._known: weakref.WeakKeyDictionary[Optimizer, list[_Watched]] = weakref.WeakKeyDictionary()
-        self._handle: Any = None
+        # How many steps were made before the model was seen.
+        self._missed: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._handle: StepHandle | None = None
 
     def start(self) -> None:
         """Waits for the first optimizer step."""
         self._called.start()
-        self._handle = register_optimizer_step_post_hook(self._after_step)
+        self._handle = after_every_step(self._after_step)
 
     def finish(self) -> None:
         """Lets go of everything, writes the reports and prints them to stderr."""
@@ -69,10 +90,11 @@ class Watcher:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if not self.watched:
+        if not self._names:
             _say("no model was trained with a torch.optim optimizer in this process: nothing to report")
         for watched in self.watched:
-            self._close(watched)
+            self._guard(lambda watched=watched: self._close(watched))  # type: ignore[misc]
+        self.watched = []
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         watched = self._known.get(optimizer)
@@ -80,8 +102,7 @@ class Watcher:
             self._guard(lambda: self._find(optimizer))
             return
         for one in watched:
-            one.step += 1
-            if one.step % self.log_every == 0:
+            if one.count(optimizer) and one.step % self.log_every == 0:
                 self._guard(lambda one=one: one.monitor.log(one.writer, one.step))  # type: ignore[misc]
 
     def _guard(self, action: Callable[[], None]) -> None:
@@ -94,38 +115,50 @@ class Watcher:
     def _find(self, optimizer: Optimizer) -> None:
         parameters = stepped(optimizer)
         held = [w for w in self.watched if any(id(p) in parameters for p in w.monitor.model.parameters())]
-        if held:  # another optimizer for a model that is watched already, whose steps are counted by the first one
-            alive = [w for known in self._known.values() for w in known]
-            self._known[optimizer] = [w for w in held if not any(w is other for other in alive)]
+        if held:  # another optimizer for a model that is watched already
+            self._known[optimizer] = held
+            for watched in held:
+                watched.count(optimizer)
             return
         models = self._called.outermost(parameters)
         if not models:  # its model was not called since: look again at the next step
+            self._missed[optimizer] = self._missed.get(optimizer, 0) + 1
             self._called.start()
             return
+        self._let_go()
         self._known[optimizer] = found = []
         for model in models:
             try:
-                found.append(self._watch(model))
+                found.append(self._watch(model, optimizer))
             except (TypeError, ValueError) as error:
                 _say(f"{type(model).__name__} is not watched: {error}")
         self._called.stop()
 
-    def _watch(self, model: nn.Module) -> _Watched:
+    def _watch(self, model: nn.Module, optimizer: Optimizer) -> _Watched:
         monitor = DNRMonitor(model, every=self.every).attach()
         core = model
         while len(core._modules) == 1 and next(iter(core._modules)) in ("module", "_orig_mod"):
             core = next(iter(core._modules.values())) or core
         name = base = type(core).__name__
         count = 1
-        while any(other.name == name for other in self.watched):
+        while name in self._names:
             count += 1
             name = f"{base}-{count}"
+        self._names.add(name)
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        watched = _Watched(name, monitor, _writer(folder), id(next(model.parameters())), step=1)
+        watched = _Watched(name, monitor, _writer(folder), weakref.ref(optimizer), 1 + self._missed.pop(optimizer, 0))
         self.watched.append(watched)
         _say(f"watching {name}, writing to {folder}")
         return watched
+
+    def _let_go(self) -> None:
+        """Reports on models that are trained no more, so that a script that trains many does not keep them all."""
+        stepped_still = {id(one) for known in self._known.values() for one in known}
+        over = [one for one in self.watched if id(one) not in stepped_still]
+        self.watched = [one for one in self.watched if id(one) in stepped_still]
+        for one in over:
+            self._guard(lambda one=one: self._close(one))  # type: ignore[misc]
 
     def _close(self, watched: _Watched) -> None:
         watched.monitor.detach()

@@ -46,9 +46,11 @@ class CalledModules:
         return [m for m in modules if id(m) not in inner and any(id(p) in parameters for p in m.parameters())]
 
     def _note(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not module.training or id(module) in self._called:
+        if torch.compiler.is_compiling() or not module.training:
             return
-        self._called[id(module)] = weakref.ref(module)
+        known = self._called.get(id(module))
+        if known is None or known() is not module:  # ids of what is gone are given again
+            self._called[id(module)] = weakref.ref(module)
 
 
 def stepped(optimizer: Optimizer) -> set[int]:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import runpy
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from ap.__main__ import main
+from ap.watch import Watcher
+
+WATCHED = Path(__file__).parent / "watched"
 
 SCRIPT = """
 import sys, torch
@@ -39,3 +54,139 @@ def test_an_exception_is_the_scripts_own(tmp_path: Path) -> None:
     done = _watch(tmp_path, SCRIPT + "raise KeyError('mine')")
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("KeyError: 'mine'")
+
+
+def _own_interpreter(monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
+    """What a script changes of the interpreter is put back."""
+    monkeypatch.setattr(sys, "argv", list(argv))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
+@pytest.fixture
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs a script of watched/ without and with `ap watch`, in this process: what it printed, and the report."""
+
+    def run(script: str, *arguments: str, every: int = 5) -> tuple[str, str, dict[str, Any]]:
+        monkeypatch.chdir(tmp_path)
+        path = str(WATCHED / script)
+        _own_interpreter(monkeypatch, path, *arguments)
+        capsys.readouterr()
+        runpy.run_path(path, run_name="__main__")
+        alone = capsys.readouterr().out
+        main(["watch", "--every", str(every), "--log-every", "10", "--out", "out", path, *arguments])
+        watched = capsys.readouterr().out
+        (report,) = tmp_path.glob("out/*/dnr.json")
+        return alone, watched, json.loads(report.read_text()) | {"folder": report.parent}
+
+    return run
+
+
+KINDS = [
+    ("plain.py", (), "Sequential", 96, ["1"]),
+    ("references.py", ("--model-ema",), "ResNet", 12, ["relu", "layer1.0.relu", "layer1.0.relu:2"]),
+    ("timm_model.py", (), "ResNet", 12, ["conv1.2", "act1", "layer1.0.act1"]),
+    ("lightning_fit.py", (), "Classifier", 48, ["net.2"]),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "name", "steps", "layers"), KINDS, ids=[kind[0] for kind in KINDS])
+@pytest.mark.filterwarnings("ignore")  # other people's
+def test_scripts_run_unmodified_and_to_the_same_bits(
+    both: Callable[..., Any], script: str, arguments: tuple[str, ...], name: str, steps: int, layers: list[str]
+) -> None:
+    alone, watched, result = both(script, *arguments)
+    assert watched == alone != ""
+    assert (result["model"], result["steps"]) == (name, steps)
+    rates = result["report"]["layers"]
+    assert [layer for layer in rates if layer in layers] == layers
+    assert all(0 < rates[layer]["total"] < 1 for layer in layers)
+    events = EventAccumulator(str(result["folder"])).Reload()
+    assert [event.step for event in events.Scalars("dnr/train/model/total")] == [*range(10, steps + 1, 10)] + (
+        [steps] if steps % 10 else []
+    )
+
+
+def test_torchrun_with_two_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    watch = ["-m", "ap", "watch", "--every", "5", "--out", "out", str(WATCHED / "distributed.py")]
+    done = subprocess.run([*command, *watch], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line[:4] for line in done.stdout.splitlines()) == ["0 0 ", "1 1 "]
+    assert done.stderr.count("ap watch: watching Sequential") == 1  # rank 0 alone
+    result = json.loads((tmp_path / "out/Sequential/dnr.json").read_text())
+    assert result["steps"] == 48
+    assert list(result["report"]["layers"]) == ["1"]  # not module.1
+
+
+def _train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> None:
+    for _ in range(steps):
+        model(torch.randn(8, 4)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def _model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+@pytest.fixture
+def watcher(tmp_path: Path) -> Iterator[Watcher]:
+    watcher = Watcher(tmp_path, every=1)
+    watcher.start()
+    yield watcher
+    watcher.finish()
+
+
+def test_two_optimizers_of_one_model_make_one_step(watcher: Watcher) -> None:
+    model = _model()
+    halves = [torch.optim.SGD(model[at].parameters(), lr=0.1) for at in (0, 2)]
+    _train(model, halves, 5)
+    (watched,) = watcher.watched
+    assert watched.step == 5
+
+
+def test_a_new_optimizer_a_cycle_goes_on_counting(watcher: Watcher) -> None:
+    model = _model()
+    kept = []
+    for cycle in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept.append(optimizer)  # even where the old ones are not collected
+        _train(model, [optimizer], 4)
+        assert watcher.watched[0].step == 4 * (cycle + 1) - cycle  # the step in which it takes over
+    assert len(watcher.watched) == 1
+
+
+def test_models_that_are_trained_no_more_are_reported_and_let_go(watcher: Watcher, tmp_path: Path) -> None:
+    gone = []
+    for _ in range(3):
+        model = _model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        _train(model, [optimizer], 6)
+        gone.append(weakref.ref(model))
+        del model, optimizer
+        gc.collect()
+    assert [reference() is None for reference in gone] == [True, True, False]
+    watcher.finish()
+    steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("*/dnr.json")}
+    assert steps == {"Sequential": 6, "Sequential-2": 6, "Sequential-3": 6}
+
+
+def test_the_scripts_annotations_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("def f(x: int) -> int: return x\nassert f.__annotations__['x'] is int")
+    _own_interpreter(monkeypatch, str(script))
+    main(["watch", "--out", str(tmp_path / "out"), str(script)])
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.py").write_text("")
+    for arguments, message in (
+        (["watch", "missing.py"], "no such script: missing.py"),
+        (["watch", "--every", "0", str(tmp_path / "train.py")], "every must be at least 1, not 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
