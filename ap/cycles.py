@@ -45,6 +45,10 @@ class Run:
         """To be called after each optimizer step, with the number of steps made, when rewinding to a step."""
         self.loop._reached(step)
 
+    def went_back(self, step: int) -> None:
+        """To be called when a training goes on from an earlier step of its own: what was kept of later ones goes."""
+        self.loop._went_back(step)
+
 
 class Cycles:
     """The loop of iterative pruning as an object: it can be saved before any training, and in the middle of one.
@@ -262,6 +266,10 @@ class Cycles:
     def _reached(self, step: int) -> None:
         if self._snapshot is None and self.rewind.kind == "step" and step == self.rewind.step:
             self._snapshot = Snapshot(self.model)
+
+    def _went_back(self, step: int) -> None:
+        if self.rewind.kind == "step" and step < self.rewind.step:
+            self._snapshot = None
 
     def _check_finite(self) -> None:
         for name, parameter in self.model.named_parameters():

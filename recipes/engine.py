@@ -298,7 +298,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.last_loss, self.seconds = state["step"], state["last_loss"], state["seconds"]
-        self._start, self.rate_factor = self.step, state["rate_factor"]
+        self._start, self.rate_factor = self.step, state.get("rate_factor", 1.0)
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._make.restart()

@@ -32,6 +32,7 @@ from recipes import models
 from recipes.config import SCHEMA, Arm, Experiment, differences
 from recipes.effective import effective
 from recipes.engine import Diverged, Engine, Stopped, can_capture, device_of
+from recipes.recovery import Recovery
 from recipes.storage import (
     Checkpoints,
     FolderError,
@@ -220,7 +221,7 @@ def execute(
     on_gpu = device_of(config.device).type != "cpu"
     workers = workers or (1 if on_gpu else min(len(left), max(1, _cores() // threads)))
     # The data set is packed before several processes want it.
-    load_data(config)
+    rehearse(config, load_data(config))
     context = multiprocessing.get_context("spawn")
     stop, queue = context.Event(), context.Queue()
     failures: list[str] = []
@@ -287,6 +288,30 @@ def build(config: Experiment, data: Any, seed: int) -> nn.Module:
         width=config.width,
         weights=config.weights,
     )
+
+
+def rehearse(config: Experiment, data: Any) -> None:
+    """One round of the pruner's scores on the untrained model: what cannot work is said before hours of training.
+
+    Raises:
+        ValueError: the pruner cannot score this model; the message says why.
+    """
+    if all(arm.variant == "solo" for arm in config.arms) or config.pruner.startswith("structured-"):
+        return  # which change the model, and look at its groups when they are made
+    device = device_of(config.device)
+    model = build(config, data, config.first_seed).to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # a classifier that starts at zero is none any more once it is trained
+                parameter.normal_(std=0.02)
+    images = data.train.images[:16].to(device)
+    batches = [(data.normalise(images), data.train.labels[:16].to(device))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the runs will say it
+        try:
+            pruners.create(config.pruner).scores(model, Masks(model), batches, nn.functional.cross_entropy)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"the pruner {config.pruner} cannot prune {config.model}: {error}") from None
 
 
 def last_network(folder: Path) -> tuple[Experiment, Any, nn.Module, dict[str, Any]]:
@@ -381,6 +406,7 @@ class _Run:
         )
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.unfinished: dict[str, Any] | None = None
+        self.recoveries = 0  # in the trainings since the last row
         self.saved_at = 0.0
 
     def execute(self) -> None:
@@ -408,7 +434,7 @@ class _Run:
             with state_errors(self.checkpoints.folder):
                 fit_(self.model, state["model"])  # which structured pruning may have made smaller
                 self.loop.load_state_dict(state["loop"])
-            self.unfinished = state["training"]
+            self.unfinished, self.recoveries = state["training"], state.get("recoveries", 0)
 
     def on_phase(self, loop: Cycles) -> None:
         """Between trainings: the state is whole."""
@@ -417,15 +443,19 @@ class _Run:
 
     def save(self, training: dict[str, Any] | None) -> None:
         model = self.model.state_dict()
-        self.checkpoints.save({"model": model, "loop": self.loop.state_dict(), "training": training})
+        state = {"model": model, "loop": self.loop.state_dict(), "training": training, "recoveries": self.recoveries}
+        self.checkpoints.save(state)
         self.saved_at = time.monotonic()
 
     def train(self, model: nn.Module, masks: Masks, run: Run) -> dict[str, Any]:
         """One training, then what is measured of the trained network."""
         training = self.engine.training(model, run.start_step, run.cycle, self.monitor, masks, run.phase)
+        recovery = Recovery(self.config, training, run)
         if self.unfinished is not None:
             with state_errors(self.checkpoints.folder):
                 training.load_state_dict(self.unfinished)
+                if "recovery" in self.unfinished:
+                    recovery.load_state_dict(self.unfinished["recovery"])
             self.unfinished = None
 
         def after_step(step: int) -> None:
@@ -436,14 +466,22 @@ class _Run:
         try:
             with self.monitor or _nothing():
                 while not training.done:
-                    loss = training.run_epoch(after_step)
+                    recovery.keep()
+                    try:
+                        loss = training.run_epoch(after_step)
+                    except Diverged as error:
+                        self.say({"event": "warning", "job": self.job.name, "why": recovery.go_back(error)})
+                        if self.monitor is not None:
+                            self.monitor.reset()
+                        continue
                     self.note(training, run, loss, masks)
                     if not training.done and time.monotonic() - self.saved_at > SAVE_EVERY_S:
-                        self.save(training.state_dict())
+                        self.save(training.state_dict() | {"recovery": recovery.state_dict()})
         except Stopped:
-            self.save(training.state_dict())
+            self.save(training.state_dict() | {"recovery": recovery.state_dict()})
             raise
         training.finish()
+        self.recoveries += recovery.used
         if run.phase == "retrain":
             return {}
         return self.measure(model, masks, run, training)
@@ -484,7 +522,8 @@ class _Run:
         side = self.data.image_size
         hidden = effective(model, masks, (self.data.in_channels, side, side))
         row |= {"effective_density": hidden.density, "macs": hidden.macs, "dense_macs": hidden.dense_macs}
-        row["train_s"] = training.seconds
+        row |= {"recoveries": self.recoveries, "train_s": training.seconds}
+        self.recoveries = 0
         for key in ("accuracy", "val_accuracy", "effective_density"):
             if row[key] is not None:
                 self.writer.add_scalar(f"trained/{key}", row[key], run.cycle)
