@@ -37,25 +37,27 @@ def _forward(x: Tensor, beta: Number) -> Tensor:
     if x.device.type != "cpu":
         return _plain(x, beta)
     known = _as(beta, x)
+    if not isinstance(known, Tensor) and known == 1 and lean.is_finite(x):
+        return F.silu(x)
     out = torch.empty_like(x)
     for a, y in lean.blocks((x, out), known):
-        z = a if not isinstance(known, Tensor) and known == 1 else wide(a) * known
-        if not lean.is_finite(z):
-            y.copy_(_plain(a, known))
-        elif z is a:
-            torch.ops.aten.silu.out(a, out=y)
-        else:
+        z = wide(a) * known
+        if lean.is_finite(z):
             torch.mul(wide(a), z.sigmoid_(), out=y)
+        else:
+            y.copy_(_plain(a, known))
     return out
 
 
 def _backward(grad: Tensor, x: Tensor, beta: Number, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     known = _as(beta, x)
+    if not isinstance(beta, Tensor) and beta == 1 and x.device.type == "cpu" and lean.is_finite(x):
+        return torch.ops.aten.silu_backward(grad, x), None
     out = torch.empty_like(grad) if needs[0] else None
     total = torch.zeros_like(beta, dtype=wide(x[:0]).dtype) if needs[1] and isinstance(beta, Tensor) else None
     for g, a, *result in lean.blocks((grad, x, *([] if out is None else [out])), known):
         g, a = wide(g), wide(a)
-        z = a if not isinstance(known, Tensor) and known == 1 else a * known
+        z = a * known
         if x.device.type != "cpu" or not lean.is_finite(z):
             a = _finite(a)
             z = _finite(a * known)
