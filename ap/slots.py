@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 from ap.names import close_names, named_modules
 
 Filter = str | Iterable[str] | Callable[[str, nn.Module], bool]
+_LARGE = 1 << 16  # elements from which on NumPy's speed is worth its calls, after every step
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -50,6 +51,8 @@ class Kept(NamedTuple):
 
 class Slot:
     """One weight: where it is, and its mask. The module is held weakly, so that a hook never keeps a model alive."""
+
+    _looked: tuple[Tensor, int, bool] | None = None  # a mask, its version, and whether all of it was alive
 
     def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
         self.name = name
@@ -148,6 +151,13 @@ class Slot:
         self._multipliers[key] = (cached, mask._version)
         return cached
 
+    def all_alive(self) -> bool:
+        """Whether no weight is dead; looked at once for each change of the mask."""
+        mask = self.mask
+        if self._looked is None or self._looked[0] is not mask or self._looked[1] != mask._version:
+            self._looked = (mask, mask._version, bool(mask.all()))
+        return self._looked[2]
+
     @torch.no_grad()
     def apply(self) -> None:
         """Zeroes what is dead, and tells everyone who multiplies by this mask."""
@@ -161,9 +171,15 @@ class Slot:
             setattr(self.module(), self.attribute, parameter * buffer)  # as prune's own pre-forward hook does
 
 
+def _by_numpy(tensor: Tensor) -> bool:
+    """Whether NumPy can do the work, faster."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return plain and tensor.dtype in (torch.float32, torch.float64)
+
+
 def multiply_(tensor: Tensor, mask: Tensor) -> None:
     """tensor *= mask. NumPy multiplies floats by bools at the speed of memory, torch by way of a converted copy."""
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+    if _by_numpy(tensor):
         array = tensor.detach().numpy()
         np.multiply(array, mask.numpy(), out=array)
         torch.autograd.graph.increment_version(tensor)  # a graph that needs the old values must notice
@@ -174,7 +190,7 @@ def multiply_(tensor: Tensor, mask: Tensor) -> None:
 def zeros_of(tensor: Tensor) -> Tensor:
     """tensor == 0, as bools; NumPy compares three times as fast."""
     tensor = tensor.detach()
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+    if _by_numpy(tensor):
         return torch.from_numpy(np.asarray(np.equal(tensor.numpy(), 0)))
     return tensor == 0
 
@@ -199,21 +215,28 @@ def enforce(slots: list[Slot], optimizer: Optimizer) -> bool:
     Returns whether the optimizer holds any of these weights.
     """
     held = parameter_ids(optimizer)
+    holds = False
     tensors: list[Tensor] = []
     multipliers: list[Tensor] = []
     for slot in slots:
         parameter = slot.find()
         if parameter is None or id(parameter) not in held:
             continue
-        tensors.append(parameter)
-        multipliers.append(slot.multiplier(parameter))
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+        holds = True
+        # A GPU multiplies by a whole mask as well: to look at it would wait for it, and freeze in a captured graph.
+        if parameter.device.type == "cpu" and slot.current_mask().device == parameter.device and slot.all_alive():
+            continue
+        for value in (parameter, *optimizer.state.get(parameter, {}).values()):
+            if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.is_floating_point():
+                continue
+            if value.numel() >= _LARGE and _by_numpy(value) and slot.mask.device == value.device:
+                multiply_(value, slot.mask)  # reads a byte a weight instead of four, and needs no copy of the mask
+            else:
                 tensors.append(value)
                 multipliers.append(slot.multiplier(value))
     if tensors:
         torch._foreach_mul_(tensors, multipliers)
-    return bool(tensors)
+    return holds
 
 
 def follow_optimizer(optimizer: Optimizer, kept: Mapping[nn.Parameter, Kept]) -> None:

@@ -81,7 +81,7 @@ def page(everything: dict[str, Any], reasons: dict[str, str]) -> str:
     text = INTRODUCTION + "\n"
     if everything["quick"]:
         text += "**A quick run: it shows that everything works; its figures mean nothing.**\n\n"
-    text += "Machine: " + ";\n".join(machines) + f".\nThe run took {everything['seconds'] / 60:.0f} minutes.\n\n"
+    text += "Machine: " + ";\n".join(machines) + f".\nMinutes of the run: {everything['seconds'] / 60:.0f}.\n\n"
     text += AIMS + "".join(map(_aim, aims)) + "\n"
     missed = {aim["key"] for _, aim in aims if aim["met"] is False}
     text += "".join(f"- `{key}`: {reasons.get(key, 'not explained yet.')}\n" for key in sorted(missed)) + "\n" * bool(

@@ -215,8 +215,8 @@ def main() -> None:
         options.json,
         title="One call of each pruner",
         about=f"20 % of a fresh {name} (`nm`: half); data-driven ones see four images of 64 × 64. “Plain scores” are "
-        "the same scores in the fewest lines of PyTorch, for want of a published package with them. torch-pruning's own "
-        "step is a part of `structured-magnitude`, which also finds out which channels can go, counts exactly, and "
+        "the same scores in the fewest lines of PyTorch, for want of a published package with them. torch-pruning's "
+        "own step is a part of `structured-magnitude`, which also finds out which channels can go, counts exactly, and "
         "takes masks, gradients and optimizer states along.",
         machine=machine(options.device),
         rows=rows,
