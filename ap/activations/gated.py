@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ap.activations import lean
 from ap.activations.lean import Number
-from ap.activations.parameters import along, free, value_of, wide
+from ap.activations.parameters import along, free, value_of, wide, wide_dtype
 from ap.activations.ranges import SMOOTH_EPS, DeadRange, numeric, per_channel
 
 
@@ -54,7 +54,7 @@ def _backward(grad: Tensor, x: Tensor, beta: Number, needs: Sequence[bool]) -> S
     if not isinstance(beta, Tensor) and beta == 1 and x.device.type == "cpu" and lean.is_finite(x):
         return torch.ops.aten.silu_backward(grad, x), None
     out = torch.empty_like(grad) if needs[0] else None
-    total = torch.zeros_like(beta, dtype=wide(x[:0]).dtype) if needs[1] and isinstance(beta, Tensor) else None
+    total = torch.zeros_like(beta, dtype=wide_dtype(x)) if needs[1] and isinstance(beta, Tensor) else None
     for g, a, *result in lean.blocks((grad, x, *([] if out is None else [out])), known):
         g, a = wide(g), wide(a)
         z = a * known
@@ -73,7 +73,7 @@ def _backward(grad: Tensor, x: Tensor, beta: Number, needs: Sequence[bool]) -> S
 
 def _as(beta: Number, x: Tensor) -> Number:
     known = lean.number(beta)
-    return known.to(wide(x[:0]).dtype) if isinstance(known, Tensor) else known
+    return known.to(wide_dtype(x)) if isinstance(known, Tensor) else known
 
 
 _SWISH = lean.Rule(_plain, _forward, _backward)

@@ -60,7 +60,12 @@ def along(parameter: float | Tensor | Positive, x: Tensor, dim: int) -> float | 
 
 def wide(x: Tensor) -> Tensor:
     """Half precision as float32: sums over a batch, as a shared parameter's gradient is, do not fit it."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(wide_dtype(x))
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The type of `wide(x)`."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def value_of(parameter: float | Tensor | Positive) -> float | Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ap.activations.lean import Number, Rule, blocks, inner, is_finite, number
-from ap.activations.parameters import wide
+from ap.activations.parameters import wide, wide_dtype
 
 FLOOR = 1e-6
 """A half-width below this is none: the function is then the one with a kink, since dividing by it would give NaN."""
@@ -144,7 +144,7 @@ def _smelu_forward(x: Tensor, beta: Tensor) -> Tensor:
         width = max(width, FLOOR)
         return rise(x, width, 2 * width)
     out = torch.empty_like(x)
-    width = beta.to(wide(x[:0]).dtype).clamp(min=FLOOR)
+    width = beta.to(wide_dtype(x)).clamp(min=FLOOR)
     for a, y in blocks((x, out), beta):
         above = (wide(a) + width).clamp_(min=0)
         t = (above / (2 * width)).clamp_(max=1)
@@ -154,7 +154,7 @@ def _smelu_forward(x: Tensor, beta: Tensor) -> Tensor:
 
 def _smelu_backward(grad: Tensor, x: Tensor, beta: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     out = torch.empty_like(grad) if needs[0] else None
-    width = beta.to(wide(x[:0]).dtype).clamp(min=FLOOR)
+    width = beta.to(wide_dtype(x)).clamp(min=FLOOR)
     total = torch.zeros_like(width)
     half = number(0.5 / width)
     for g, a, *result in blocks((grad, x, *([] if out is None else [out])), beta):
@@ -204,7 +204,7 @@ def _rule(cdf: Transition, integral: Transition) -> Rule:
         if x.device.type != "cpu":
             return plain(x, *numbers)
         out = torch.empty_like(x)
-        known = [_as(number(p), wide(x[:0]).dtype) for p in numbers]
+        known = [_as(number(p), wide_dtype(x)) for p in numbers]
         parabola = cdf is uniform and not any(isinstance(p, Tensor) for p in known)
         exact = known[2] == 0 if parabola else not any(isinstance(p, Tensor) for p in known[2:4])
         for a, y in blocks((x, out), *known):
@@ -254,7 +254,7 @@ def _at_most(values: Tensor, limit: Number) -> Tensor:
 def _backward(
     cdf: Transition, integral: Transition, grad: Tensor, x: Tensor, numbers: Sequence[Number], needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    dtype = wide(x[:0]).dtype
+    dtype = wide_dtype(x)
     known = [_as(number(p), dtype) for p in numbers]
     parabola = cdf is uniform and x.device.type == "cpu" and not any(isinstance(p, Tensor) for p in known)
     out = torch.empty_like(grad) if needs[0] else None
@@ -346,8 +346,8 @@ def _parabola_backward(
     gradients = (
         g_minus * whole + change * (by_tau.sum() - half_square),
         -change * half_square,
-        torch.dot(flat, (a - h).view(-1)) + alpha * whole,
-        torch.dot(flat, h.view(-1)),
+        torch.dot(flat, (a - h).reshape(-1)) + alpha * whole,
+        torch.dot(flat, h.reshape(-1)),
         whole,
     )
     for total, gradient in zip(totals, gradients, strict=True):
