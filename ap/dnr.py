@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -91,8 +93,12 @@ class DNRMonitor:
         self._passes = dict.fromkeys(MODES, 0)
         self._handles: list[Any] = []
         self._watch: Watch | None = None
-        self._depth = 0
+        # Which threads are in a pass, and how deep. Each changes its own entry only, so that no lock is needed.
+        self._inside: dict[int, int] = {}
+        self._overlaps = 0  # changes whenever a thread begins a pass in the middle of another's
+        self._warned = False
         self._observed: str | None = None  # the kind of the pass under way, if it is observed
+        self._observer = (0, 0)  # its thread, and `_overlaps` before it began
         self._recordings: list[Recording] = []
         self._into: Recording | None = None  # where the passes of this moment are counted, if not in the window
         self._paused = False
@@ -116,6 +122,7 @@ class DNRMonitor:
         if self._watch is not None:
             self._abandon()
             self._watch = None
+        self._inside.clear()
         self._collect()
         self._recordings.clear()
         for handle in self._handles:
@@ -240,24 +247,47 @@ class DNRMonitor:
     # --- watching ----------------------------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._depth and not _is_nested(self.model):  # the last pass was interrupted, by Ctrl-C for example
-            self._abandon()
-        self._depth += 1
-        if self._depth > 1 or self._watch is None or self._paused or torch.jit.is_tracing() or _is_exporting():
+        me, before = threading.get_ident(), self._overlaps
+        if me in self._inside and not _is_nested(self.model):  # the last pass was interrupted, by Ctrl-C for example
+            del self._inside[me]
+            if self._observer[0] == me:
+                self._abandon()
+        depth = self._inside[me] = self._inside.get(me, 0) + 1
+        if depth > 1 or self._watch is None or self._paused or torch.jit.is_tracing() or _is_exporting():
+            return
+        if len(self._inside) > 1 and self._is_beside_others():
             return
         mode = "train" if self.model.training else "eval"
         if self._into is not None or self.due(mode):
-            self._observed = mode
+            self._observed, self._observer = mode, (me, before)
             self._watch.begin()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth == 0 and self._observed is not None:
+        me = threading.get_ident()
+        depth = self._inside.pop(me, 0) - 1
+        if depth > 0:
+            self._inside[me] = depth
+        elif self._observed is not None and self._observer[0] == me:
             self._finish()
+
+    def _is_beside_others(self) -> bool:
+        """Whether another thread is in the middle of a pass, whose counts are then not this model's alone."""
+        for thread in set(self._inside) - {thread.ident for thread in threading.enumerate()}:  # ended in a pass
+            self._inside.pop(thread, None)
+        if len(self._inside) == 1:
+            return False
+        self._overlaps += 1
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "several threads pass this model forward at once, and DNRMonitor counts none of the passes that "
+                "overlap: give each thread a model of its own, or pass one at a time",
+                stacklevel=4,
+            )
+        return True
 
     def _abandon(self) -> None:
         """Forgets the pass under way, if there is one."""
-        self._depth = 0
         if self._observed is not None and self._watch is not None:
             self._watch.end()
         self._observed = None
@@ -267,10 +297,13 @@ class DNRMonitor:
         assert self._observed is not None
         window = self._window[self._observed]
         self._observed = None
+        calls = self._watch.end()
+        if self._overlaps != self._observer[1]:
+            return
         if self._into is not None:
-            self._into.add(self._watch.end())
+            self._into.add(calls)
         else:
-            window.own.add_pass(self._watch.end())
+            window.own.add_pass(calls)
 
 
 def _is_exporting() -> bool:

@@ -151,3 +151,93 @@ def test_fsdp_is_refused_by_everything(tmp_path):
                     use(model)
     finally:
         dist.destroy_process_group()
+
+
+class Waiting(nn.Sequential):
+    """A model in whose middle a thread can be held."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+        self.hold: dict[int, tuple[threading.Event, threading.Event]] = {}
+
+    def forward(self, x):
+        x = self[1](self[0](x))
+        if threading.get_ident() in self.hold:
+            arrived, go_on = self.hold.pop(threading.get_ident())
+            arrived.set()
+            assert go_on.wait(20)
+        return torch.relu(self[3](self[2](x)))
+
+
+def test_passes_of_one_model_that_overlap_are_told_of_and_not_counted():
+    """Neither the pass that was disturbed nor the one that disturbed it: each would hold parts of the other."""
+    model = Waiting()
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def held():
+        model.hold[threading.get_ident()] = arrived, go_on
+        model(torch.ones(3, 4))
+
+    with DNRMonitor(model, every=1) as monitor:
+        model(torch.ones(2, 4))
+        thread = threading.Thread(target=held)
+        thread.start()
+        assert arrived.wait(20)
+        with pytest.warns(UserWarning, match="several threads pass this model forward at once"):
+            model(torch.ones(5, 4))
+        go_on.set()
+        thread.join()
+        model(torch.ones(7, 4))  # alone again
+        report = monitor.report()
+        assert report.passes == 2
+        assert {name: layer.samples for name, layer in report.layers.items()} == {"1": 9, "3": 9, "/relu": 9}
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_threads_that_take_turns_are_counted():
+    model, turn, x = Net(0), threading.Lock(), torch.randn(8, 8)
+    with DNRMonitor(model, every=1) as monitor:
+
+        def work():
+            for _ in range(20):
+                with turn:
+                    model(x)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    report = monitor.report()
+    assert (report.passes, report.layers["relu"].samples) == (80, 640)
+    assert report.total == pytest.approx(measure_dnr(model, [x]).total)
+
+
+def test_threads_that_race_count_whole_passes_only():
+    torch.set_num_threads(1)
+    model, x = Net(0), torch.randn(64, 8)
+    rate = measure_dnr(model, [x]).total
+    with DNRMonitor(model, every=1) as monitor:
+        model(x)
+        with ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning, match="several threads"):
+            list(pool.map(lambda _: [model(x) for _ in range(100)], range(4)))
+        model(x)
+    report = monitor.report()
+    assert 2 <= report.passes < 402
+    assert report.layers["relu"].samples == report.layers["/relu"].samples == 64 * report.passes
+    assert report.total == pytest.approx(rate)
+
+
+def test_a_thread_that_ended_in_the_middle_of_a_pass_is_forgotten():
+    class Ends(Net):
+        def forward(self, x):
+            if threading.current_thread() is not threading.main_thread():
+                raise SystemExit
+            return super().forward(x)
+
+    model = Ends(0)
+    with DNRMonitor(model, every=1) as monitor:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit):
+            pool.submit(model, torch.ones(2, 8)).result()
+        model(torch.ones(3, 8))
+    assert monitor.report().layers["relu"].samples == 3
