@@ -16,7 +16,7 @@ import pytest
 from recipes import cli
 
 DOCS = Path(__file__).parents[2] / "docs"
-GUIDES = sorted((DOCS / "guides").glob("*.md"))
+GUIDES = [*sorted((DOCS / "guides").glob("*.md")), DOCS / "faq.md"]
 # An HTML comment before a fence says more of it: <!-- runs -->, <!-- file: NAME -->.
 FENCE = re.compile(r"^(?:<!-- (.*?) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
