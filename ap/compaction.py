@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from ap.channels import Channels, Cut
 from ap.graph import trace
@@ -112,6 +111,8 @@ def compare(before: nn.Module, after: nn.Module, example_input: Any, rounds: int
         >>> compare(nn.Linear(8, 4), nn.Linear(8, 2), torch.zeros(1, 8)).macs
         (32, 16)
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton where it is installed
+
     arguments = _arguments(example_input)
     models = (before, after)
     modes = [[(module, module.training) for module in model.modules()] for model in models]
