@@ -188,6 +188,7 @@ def execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> 
 def _cost(config: Experiment) -> None:
     """Times a few steps of the real training, and multiplies."""
     data = experiment.load_data(config)
+    experiment.rehearse(config, data)
     engine = Engine(config, data, config.first_seed)
     model = engine.prepare(experiment.build(config, data, config.first_seed))
     training = engine.training(model, 0, 0)

@@ -58,6 +58,20 @@ def test_every_pruner_of_the_grid_goes_with_every_preset(name):
         experiment.check(dataclasses.replace(presets.get(name).experiment, pruner=pruner))
 
 
+@pytest.mark.parametrize("name", [name for name in presets.PRESETS if name.endswith(("cifar10", "cifar100"))])
+def test_every_pruner_of_the_grid_scores_the_presets_models(name):
+    """Or is refused before anything is trained: SynFlow has no meaning through attention."""
+    base = dataclasses.replace(presets.get(name).experiment, width=0.25, device="cpu")
+    data = some_images(base)
+    for pruner in GRID:
+        config = dataclasses.replace(base, pruner=pruner)
+        if name.startswith("vit") and pruner == "synflow":
+            with pytest.raises(ValueError, match=r"the pruner synflow cannot prune vit-mini: .*scaled_dot_product"):
+                experiment.rehearse(config, data)
+        else:
+            experiment.rehearse(config, data)
+
+
 def some_images(config: Experiment) -> ImageData:
     """Random images of the data set's shape."""
     channels, side, classes = {
