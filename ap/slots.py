@@ -139,9 +139,8 @@ class Slot:
         self._multipliers.clear()
         return True
 
-    def multiplier(self, like: Tensor) -> Tensor:
-        """The mask in dtype and strides of `like`; updated in place, so that a captured graph sees later prunings."""
-        mask = self.current_mask()
+    def multiplier(self, like: Tensor, mask: Tensor) -> Tensor:
+        """The current mask in dtype and strides of `like`; updated in place: a captured graph sees later prunings."""
         key = (like.dtype, like.device)
         cached, version = self._multipliers.get(key, (None, -1))
         if cached is None or cached.stride() != like.stride():
@@ -223,17 +222,21 @@ def enforce(slots: list[Slot], optimizer: Optimizer) -> bool:
         if parameter is None or id(parameter) not in held:
             continue
         holds = True
+        mask = slot.mask
+        if mask.device != parameter.device or mask.shape != parameter.shape:
+            mask = slot.current_mask()
         # A GPU multiplies by a whole mask as well: to look at it would wait for it, and freeze in a captured graph.
-        if parameter.device.type == "cpu" and slot.current_mask().device == parameter.device and slot.all_alive():
+        if mask.is_cpu and slot.all_alive():
             continue
+        shape, large = mask.shape, mask.is_cpu and mask.numel() >= _LARGE
         for value in (parameter, *optimizer.state.get(parameter, {}).values()):
-            if not isinstance(value, Tensor) or value.shape != parameter.shape or not value.is_floating_point():
+            if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
                 continue
-            if value.numel() >= _LARGE and _by_numpy(value) and slot.mask.device == value.device:
-                multiply_(value, slot.mask)  # reads a byte a weight instead of four, and needs no copy of the mask
+            if large and _by_numpy(value):
+                multiply_(value, mask)  # reads a byte a weight instead of four, and needs no copy of the mask
             else:
                 tensors.append(value)
-                multipliers.append(slot.multiplier(value))
+                multipliers.append(slot.multiplier(value, mask))
     if tensors:
         torch._foreach_mul_(tensors, multipliers)
     return holds
@@ -256,7 +259,7 @@ def gradient_hook(slot: Slot) -> Callable[[Tensor], None]:
 
     def zero_dead(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            parameter.grad.mul_(slot.multiplier(parameter.grad))
+            parameter.grad.mul_(slot.multiplier(parameter.grad, slot.current_mask()))
 
     return zero_dead
 

@@ -52,8 +52,8 @@ def main() -> None:
         options.json,
         title="What AP adds to a cycle",
         about="A loop's cycle with everything but the training, which is a copy of other weights into the model: "
-        "global magnitude pruning of 20 % and a rewind to the start. `Cycles` also checks that the weights are finite, keeps "
-        "its history, and compares AP's choice with what the pruner would have taken.",
+        "global magnitude pruning of 20 % and a rewind to the start. `Cycles` also checks that the weights are finite, "
+        "keeps its history, and compares AP's choice with what the pruner would have taken.",
         machine=machine(options.device),
         rows=rows,
         bounds=bounds,
