@@ -284,7 +284,8 @@ class Masks:
         Args:
             optimizer: any `torch.optim` optimizer, or one that derives from its base.
             mask_gradients: also zero the dead weights' gradients as soon as they are accumulated, so that gradient
-                clipping and gradient norms see the living weights only.
+                clipping, gradient norms and line searches (L-BFGS) see the living weights only. For the weights that
+                require gradients now: bind again after unfreezing layers.
 
         Returns:
             A handle; `.remove()` lets go.
@@ -327,7 +328,7 @@ class Masks:
             handles += [
                 slot.parameter().register_post_accumulate_grad_hook(gradient_hook(slot))
                 for slot in slots
-                if id(slot.parameter()) in held
+                if id(slot.parameter()) in held and slot.parameter().requires_grad
             ]
         return Handles(handles)
 
@@ -509,10 +510,21 @@ def _how_many(alive: int, amount: float | None, count: int | None) -> int:
     if (amount is None) == (count is None):
         raise ValueError("give either amount or count")
     if count is not None:
-        if not 0 <= count <= alive:
-            raise ValueError(f"count must be between 0 and the {alive} weights that are alive, not {count}")
-        return count
+        return check_count(count, alive)
     return check_share(amount, "amount", alive)
+
+
+def check_count(count: Any, alive: int) -> int:
+    """Validates a number of weights to remove.
+
+    >>> check_count(2, 11)
+    2
+    """
+    if not isinstance(count, (int, np.integer)) or isinstance(count, bool):
+        raise ValueError(f"count must be a whole number, not {count!r}")
+    if not 0 <= count <= alive:
+        raise ValueError(f"count must be between 0 and the {alive} weights that are alive, not {count}")
+    return int(count)
 
 
 def check_share(share: Any, what: str, of: int) -> int:

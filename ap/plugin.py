@@ -18,10 +18,10 @@ from torch.optim.optimizer import Optimizer
 from ap import criteria
 from ap.activations.ranges import dead_range, is_activation
 from ap.criteria import BySign, Criterion, DecayTracker, Layer, layer_statistics
-from ap.masks import Masks, check_share
+from ap.masks import Masks, check_count, check_share
 from ap.names import close_names
 from ap.ranking import Elementwise, LazyScores, count_true, lowest
-from ap.slots import Handle, Kept, zeros_of
+from ap.slots import Handle, Kept, parameter_ids, zeros_of
 from ap.steps import after_every_step
 
 
@@ -293,11 +293,7 @@ class AP:
 
     def _count(self, count: int | None) -> int:
         alive = self.masks.alive
-        if count is None:
-            return round(self.rate * alive)
-        if not 0 <= count <= alive:
-            raise ValueError(f"count must be between 0 and the {alive} weights that are alive, not {count}")
-        return count
+        return round(self.rate * alive) if count is None else check_count(count, alive)
 
     def _choose(
         self, function: Criterion, names: list[str], k: int, leave_out: Mapping[str, Tensor] | None = None
@@ -429,6 +425,5 @@ def _register(plugin: AP) -> Handle:
 
 
 def _steps(optimizer: Optimizer, masks: Masks) -> bool:
-    first = next(iter(masks))
-    weight = masks.weight(first)
-    return any(parameter is weight for group in optimizer.param_groups for parameter in group["params"])
+    held = parameter_ids(optimizer)
+    return any(id(masks.weight(name)) in held for name in masks)

@@ -236,3 +236,41 @@ def test_weights_in_pieces_are_refused(tmp_path):
                 use(model)
     finally:
         dist.destroy_process_group()
+
+
+def test_masked_gradients_beside_a_frozen_layer():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    masks, optimizer = Masks(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    masks.bind(optimizer, mask_gradients=True)
+    masks.prune(magnitude(model, masks), count=4, scope="layer")
+    model(torch.ones(4, 3)).sum().backward()
+    assert model[0].weight.grad is None
+    assert torch.equal(model[1].weight.grad != 0, masks["1.weight"])
+
+
+@pytest.mark.parametrize("count", [True, 3.5, 2.0, "2", -1, 7])
+def test_counts_are_whole_numbers(count):
+    masks = Masks(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="count must be (a whole number|between 0 and the 6 weights)"):
+        masks.prune(magnitude(None, masks), count=count)
+    plugin = AP(masks)
+    plugin.mark_start()
+    with pytest.raises(ValueError, match="count must be"):
+        plugin.activate(count=count)
+    plugin.detach()
+
+
+def test_decay_is_followed_in_every_optimizer_of_the_model():
+    """The head has an optimizer of its own, and the first layer is frozen."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    plugin = AP(model, criterion="decay-corrected")
+    plugin.mark_start()
+    for layer in model[1:]:
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.5)
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    moved = [plugin._decay.factor(plugin.masks.weight(name)) for name in plugin.masks]
+    plugin.detach()
+    assert moved == pytest.approx([1, 0.95, 0.95])
