@@ -252,7 +252,7 @@ def test_masked_gradients_beside_a_frozen_layer():
 @pytest.mark.parametrize("count", [True, 3.5, 2.0, "2", -1, 7])
 def test_counts_are_whole_numbers(count):
     masks = Masks(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="count must be (a whole number|between 0 and the 6 weights)"):
+    with pytest.raises(ValueError, match=r"count must be (a whole number|between 0 and the 6 weights)"):
         masks.prune(magnitude(None, masks), count=count)
     plugin = AP(masks)
     plugin.mark_start()
