@@ -157,7 +157,7 @@ class CapturedStep(Step):
             self._replays[count] = self._prepared(count)
         self._replays[count]()
         if count and self._recording is not None:
-            self._recording.passes += 1
+            self._recording.passes += self._parts  # each part is a pass of the model
         return True
 
     def restart(self) -> None:

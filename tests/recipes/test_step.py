@@ -57,6 +57,7 @@ OPTIONS = {
     "no momentum": {"momentum": 0.0},
     "adam": {"optimizer": "adam", "lr": 1e-3},
     "adamw": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+    "in parts, averaged, clipped": {"accumulate": 2, "ema": 0.9, "clip_norm": 0.5, "monitor_every": 1},
     "augmented": {"augment": "crop-flip", "cutout": 3, "mixup": 0.4, "label_smoothing": 0.1},
 }
 
@@ -74,10 +75,10 @@ class Trainer:
         self.model = self.engine.prepare(Net())
         self.masks = Masks(self.model)
         self.masks.hold()
-        self.monitor = DNRMonitor(self.model, every=4)
+        self.monitor = DNRMonitor(self.model, every=options.get("monitor_every", 4))
 
     def start(self, cycle=0):
-        return self.engine.training(self.model, 0, cycle, self.monitor)
+        return self.engine.training(self.model, 0, cycle, self.monitor, self.masks)
 
     def prune(self):
         self.masks.prune({name: self.masks.weight(name).detach().abs() for name in self.masks}, amount=0.3)
@@ -92,6 +93,8 @@ class Trainer:
         ]
         report = self.monitor.report("train")
         counts = [layer.alive_counts()[0].clone() for layer in report.layers.values()]
+        if training._average is not None:
+            moments += [tensor.clone() for tensor in training._average.tensors]
         return [*state, *moments, *counts, torch.tensor([report.passes, training.step]), torch.get_rng_state()]
 
 
