@@ -169,8 +169,11 @@ class Experiment:
     """For the schedule `steps`: when the rate is multiplied by gamma, also if the warm-up is not over: 25ep 32ep."""
     gamma: float = 0.1
     """The factor at each milestone."""
-    augment: Literal["data", "none", "crop-flip"] = "data"
-    """What training does to images: what the data set says, nothing, or random crops (padding 4) and mirroring."""
+    augment: Literal["data", "none", "crop-flip", "resized-crop"] = "data"
+    """What training does to images: what the data set says, nothing, random crops (padding 4) and mirroring, or crops
+    of random size and shape, resized to the whole image, and mirroring."""
+    crop_area: float = 0.08
+    """The smallest share of an image that such a crop of random size shows."""
     cutout: int = 0
     """The side in pixels of a square blanked in each training image, anywhere; 0 for none."""
     mixup: float = 0.0
@@ -232,6 +235,8 @@ class Experiment:
             _at_least("image_size", self.image_size, 1)
         if not 0 < self.width <= 64:
             raise ValueError(f"--width must be above 0 and at most 64, not {self.width}")
+        if not 0 < self.crop_area <= 1:
+            raise ValueError(f"--crop-area must be in (0, 1], not {self.crop_area}")
         if not 0 < self.amount < 1:
             raise ValueError(f"--amount must be in (0, 1), not {self.amount}")
         if any(arm.variant in ("lite", "pro") for arm in self.arms):

@@ -81,7 +81,7 @@ class Engine:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         augment = data.augment if config.augment == "data" else config.augment
-        self.train_set = Resident(data.train, data, self.device, augment, config.cutout, config.mixup)
+        self.train_set = Resident(data.train, data, self.device, augment, config.cutout, config.mixup, config.crop_area)
         self.val_set = Resident(data.val, data, self.device) if len(data.val) else None
         self.test_set = Resident(data.test, data, self.device)
         self.steps_per_epoch = len(data.train) // config.batch_size

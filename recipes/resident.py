@@ -6,6 +6,7 @@ see the same, however the images of a step are split over micro-batches and proc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,24 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def crop_boxes(count: int, least_area: float, generator: torch.Generator) -> Tensor:
+    """Boxes for `Plan.boxes`, as usual for ImageNet (Szegedy et al. 2015), half of them mirrored: float32 [4, count].
+
+    The area is uniform between `least_area` and the whole image, the sides' ratio log-uniform between 3/4 and 4/3; of
+    ten draws the first that fits counts, and the whole image if none does.
+    """
+    area = least_area + (1 - least_area) * torch.rand(10, count, generator=generator)
+    ratio = torch.exp((2 * torch.rand(10, count, generator=generator) - 1) * math.log(4 / 3))
+    height, width = (area / ratio).sqrt(), (area * ratio).sqrt()
+    fits = (height <= 1) & (width <= 1)
+    first = fits.to(torch.uint8).argmax(0, keepdim=True)
+    sides = torch.cat([side.gather(0, first) for side in (height, width)])
+    sides = torch.where(fits.any(0), sides, 1.0)
+    middles = (1 - sides) * (2 * torch.rand(2, count, generator=generator) - 1)
+    sides[1] *= 2 * torch.randint(0, 2, (count,), generator=generator) - 1
+    return torch.cat([middles, sides])
+
+
 @dataclass(frozen=True)
 class Plan:
     """One epoch, drawn on the CPU.
@@ -36,6 +55,8 @@ class Plan:
     Attributes:
         order: which image is at each position, [N].
         offsets: top, left and mirroring of each position, [3, N].
+        boxes: what is cut out of each position and stretched to a whole image, float32 [4, N]: the box's middle (y, x)
+            and half of its height and width, the image reaching from −1 to 1; a negative width mirrors it.
         holes: row and column of the top left corner of each position's cut-out, [2, N]; it may lie outside.
         partners: the position that each one is mixed with, [N].
         shares: how much of the mixture is the partner, float32 in [0, 1], [N].
@@ -43,6 +64,7 @@ class Plan:
 
     order: Tensor
     offsets: Tensor | None = None
+    boxes: Tensor | None = None
     holes: Tensor | None = None
     partners: Tensor | None = None
     shares: Tensor | None = None
@@ -55,7 +77,10 @@ class Plan:
         return (*own, *self._at(self.partners[start:stop]), self.shares[start:stop])
 
     def _at(self, positions: slice | Tensor) -> tuple[Tensor, ...]:
-        return (self.order[positions], *(t[:, positions] for t in (self.offsets, self.holes) if t is not None))
+        return (
+            self.order[positions],
+            *(t[:, positions] for t in (self.offsets, self.boxes, self.holes) if t is not None),
+        )
 
 
 class Resident:
@@ -65,7 +90,8 @@ class Resident:
         images: the set.
         data: where it is from; its mean and deviation normalise each batch.
         device: where it is to stay.
-        augment: "none" or "crop-flip".
+        augment: "none", "crop-flip", or "resized-crop".
+        crop_area: the smallest share of an image's area that a resized crop may show.
         cutout: the side in pixels of a square that is blanked (DeVries & Taylor 2017), centred anywhere in the image
             and so partly outside of it at times; 0 for none.
         mixup: alpha: each image, and its label, is mixed with another one of the epoch, by a share from
@@ -80,8 +106,9 @@ class Resident:
         augment: str = "none",
         cutout: int = 0,
         mixup: float = 0.0,
+        crop_area: float = 0.08,
     ) -> None:
-        self.augment, self.cutout, self.mixup = augment, cutout, mixup
+        self.augment, self.cutout, self.mixup, self.crop_area = augment, cutout, mixup, crop_area
         self.size, self.classes = data.image_size, data.num_classes
         pixels = images.images.permute(0, 2, 3, 1).contiguous()
         if augment == "crop-flip":
@@ -91,6 +118,7 @@ class Resident:
         self.mean = torch.tensor(data.mean, device=device)
         self.scale = 1 / torch.tensor(data.std, device=device)
         self.range = torch.arange(self.size, device=device)
+        self.middles = (2 * self.range + 1) / self.size - 1  # of the pixels, the image reaching from −1 to 1
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -104,6 +132,8 @@ class Resident:
             offsets = torch.randint(0, 2 * PADDING + 1, (2, count), generator=generator)
             mirrored = torch.randint(0, 2, (1, count), generator=generator)
             parts["offsets"] = torch.cat([offsets, mirrored])
+        elif self.augment == "resized-crop":
+            parts["boxes"] = crop_boxes(count, self.crop_area, generator)
         # Each with a generator of its own, so that an option does not change what the others draw.
         if self.cutout:
             generator.manual_seed(derived_seed(seed, epoch, 4))
@@ -136,7 +166,7 @@ class Resident:
         return images.lerp(others, share[:, None, None, None]), own.lerp(other, share[:, None])
 
     def _augmented(self, index: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
-        if self.augment == "none":
+        if self.augment != "crop-flip":
             pixels = self.images[index]
         else:
             top, left, mirrored = drawn[0]
@@ -144,11 +174,23 @@ class Resident:
             columns = torch.where(mirrored[:, None] == 1, self.size - 1 - self.range, self.range) + left[:, None]
             pixels = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
         images = self._normalised(pixels)
+        if self.augment == "resized-crop":
+            images = self._stretched(images, drawn[0])
         if self.cutout:
             inside = self.range - drawn[-1][:, :, None]  # [2, n, H or W], counted from the hole's corner
             rows, columns = (inside >= 0) & (inside < self.cutout)
             images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)  # the mean pixel
         return images, self.labels[index]
+
+    def _stretched(self, images: Tensor, boxes: Tensor) -> Tensor:
+        """Bilinear: a crop of an image of the same size is never shrunk, so that nothing needs to be averaged."""
+        y, x, height, width = boxes[:, :, None]  # [n, 1] each
+        rows, columns = y + height * self.middles, x + width * self.middles
+        grid = torch.stack(
+            [columns[:, None, :].expand(-1, self.size, -1), rows[:, :, None].expand(-1, -1, self.size)], dim=-1
+        )
+        stretched = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        return stretched.contiguous(memory_format=torch.channels_last)
 
     def plain(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Images without augmentation, and labels."""
