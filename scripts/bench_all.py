@@ -133,7 +133,7 @@ def _by_setting(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _table(setting: str, rows: list[Row]) -> str:
     unit, reference = rows[0]["unit"], rows[0]["reference"]
-    compared, memory = len(rows) > 1, any(row["peak_bytes"] is not None for row in rows)
+    compared, memory = len(rows) > 1 and reference is not None, any(row["peak_bytes"] is not None for row in rows)
     extra = list(rows[0].get("extra", {}))
     heads = ["", f"median, {unit.replace('us', 'µs')}", "lowest … highest"]
     heads += [f"ratio to {reference}"] * compared + ["peak, MiB"] * memory + extra
