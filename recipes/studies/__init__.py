@@ -14,6 +14,7 @@ from recipes.studies import (  # noqa: F401  (studies register themselves)
     activation_search,
     activation_sweep,
     conv_filter,
+    decisive,
     dnr,
     gelu,
     helu,
