@@ -40,13 +40,14 @@ def _sgd(**settings: Any) -> Experiment:
 
 
 def _adamw(**settings: Any) -> Experiment:
-    """For transformers: they are trained with AdamW, a warm-up, a cosine and smoothed labels."""
+    """For transformers: they are trained with AdamW, a warm-up, a cosine, smoothed labels and clipped gradients."""
     usual: dict[str, Any] = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "weight_decay": 0.05,
         "schedule": "cosine",
         "label_smoothing": 0.1,
+        "clip_norm": 1.0,
     }
     return _sgd(**(usual | settings))
 
@@ -197,7 +198,7 @@ def _transformer(activation: str, about: str) -> dict[str, Preset]:
     name = "vit-cifar10" if activation == "gelu" else f"vit-{activation}-cifar10"
     common = {"model": "vit-mini", "activation": activation, "data": "cifar10", "batch_size": 128}
     return {
-        name: Preset(about, _adamw(cycles=20, epochs=100, warmup="5ep", **common)),
+        name: Preset(about, _adamw(cycles=20, epochs=100, warmup="5ep", mixup=0.2, **common)),
         f"{name}-fast": Preset(
             "the same network in ten epochs a training and ten larger cycles",
             _adamw(cycles=10, epochs=10, **common, **_FAST),
@@ -210,7 +211,14 @@ PRESETS |= _transformer("relu", "the same transformer with ReLU: the positive co
 
 # --- folders of images ----------------------------------------------------------------------------------------------
 # Deep networks find no trainable subnetwork at their very first weights; two epochs in, they do (Frankle et al. 2020).
-_FOLDER: dict[str, Any] = {"data": "tiny-imagenet", "label_smoothing": 0.1, "batch_size": 128, "rewind": "2ep"}
+_FOLDER: dict[str, Any] = {
+    "data": "tiny-imagenet",
+    "augment": "resized-crop",
+    "crop_area": 0.25,  # of a small image even a small part is needed
+    "label_smoothing": 0.1,
+    "batch_size": 128,
+    "rewind": "2ep",
+}
 _RESNET50 = {"model": "torchvision/resnet50", "weight_decay": 1e-4, "nesterov": True, **_FOLDER}
 _VIT_B_16 = {"model": "torchvision/vit_b_16", **_FOLDER, "lr": 5e-4}
 
@@ -225,7 +233,7 @@ PRESETS |= {
     ),
     "vit-b-16-tiny-imagenet": Preset(
         "torchvision's ViT-B/16, Tiny-ImageNet at 64 × 64: sixteen patches",
-        _adamw(cycles=10, epochs=90, warmup="5ep", **_VIT_B_16),
+        _adamw(cycles=10, epochs=90, warmup="5ep", mixup=0.2, **_VIT_B_16),
     ),
     "vit-b-16-tiny-imagenet-fast": Preset(
         "the same network in ten epochs a training and five larger cycles",
