@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ap import DNRMonitor, Masks
 from ap.activations import param_groups
+from recipes import distributed
 from recipes.average import Average
 from recipes.config import Experiment
 from recipes.data import ImageData
@@ -37,7 +39,11 @@ class Stopped(Exception):
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name, "auto" being a GPU where there is one; ValueError for one that is not there."""
+    """The device of this name, "auto" being a GPU where there is one; ValueError for one that is not there.
+
+    Under torchrun it is this process's own GPU.
+    """
+    name = distributed.local_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -49,8 +55,9 @@ def device_of(name: str) -> torch.device:
 
 
 def can_capture(config: Experiment, device: torch.device) -> bool:
-    """Whether steps can be captured in a CUDA graph: on a GPU, where no criterion follows each of them in Python."""
-    return device.type == "cuda" and all(arm.criterion != "decay-corrected" for arm in config.arms)
+    """Whether steps can be captured in a CUDA graph: on one GPU, where no criterion follows each of them in Python."""
+    followed = any(arm.criterion == "decay-corrected" for arm in config.arms)
+    return device.type == "cuda" and not followed and not distributed.launched()
 
 
 class Engine:
@@ -68,6 +75,9 @@ class Engine:
     def __init__(self, config: Experiment, data: ImageData, seed: int) -> None:
         if config.batch_size > len(data.train):
             raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+        if config.batch_size % (distributed.size() * config.accumulate):
+            parts = f"{distributed.size()} processes × --accumulate {config.accumulate}"
+            raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {parts}")
         self.config, self.seed = config, seed
         self.device = device_of(config.device)
         on_gpu = self.device.type == "cuda"
@@ -122,10 +132,18 @@ class Engine:
         return kind(groups, lr=lr, betas=betas, fused=True, capturable=self.captured)
 
     def score_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Training images without augmentation, for pruners and criteria that need data; the same for every arm."""
-        order, size = self.train_set.epoch(self.seed, 0).order, self.config.batch_size
-        count = min(self.config.score_batches, len(order) // size)
-        return [self.train_set.plain(order[i * size : (i + 1) * size]) for i in range(count)]
+        """Training images without augmentation, for pruners and criteria that need data; the same for every arm.
+
+        Processes share them out where that is known to give the scores of all of them together.
+        """
+        config = self.config
+        order, size = self.train_set.epoch(self.seed, 0).order, config.batch_size
+        count = min(config.score_batches, len(order) // size)
+        which = range(count)
+        reduced = not config.pruner.startswith("structured-") and all(a.criterion != "most-waking" for a in config.arms)
+        if reduced and count % distributed.size() == 0:
+            which = which[distributed.rank() :: distributed.size()]
+        return [self.train_set.plain(order[i * size : (i + 1) * size]) for i in which]
 
     def probe_batches(self) -> list[tuple[Tensor, Tensor]]:
         """The held-out images that dead neurons are counted on: of the validation set, or the test set without one."""
@@ -137,11 +155,12 @@ class Engine:
         model.eval()
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for x, y in images.batches():
+        for x, y in images.batches(every=distributed.size(), first=distributed.rank()):
             with self.autocast():
                 outputs = model(x).float()
             right += (outputs.argmax(1) == y).sum()
             loss += F.cross_entropy(outputs, y, reduction="sum")
+        distributed.sum_(right, loss)
         return int(right) / len(images), float(loss) / len(images)
 
     def training(self, model: nn.Module, start_step: int, cycle: int, *args: Any, **options: Any) -> Training:
@@ -190,7 +209,7 @@ class Training:
         self._average = None if config.ema is None else Average(model, config.ema)
         self._make = (CapturedStep if engine.captured else Step)(
             model,
-            engine.called(model),
+            distributed.wrapped(engine.called(model), engine.device),
             self.optimizer,
             engine.train_set.gather,
             engine.training_loss,
@@ -202,7 +221,8 @@ class Training:
             also=[] if self._average is None else self._average.tensors,
         )
         # Dropout and the like: the same draws in every arm, and in a training that is continued (see state_dict).
-        torch.manual_seed(derived_seed(engine.seed, cycle, 3 if phase == "retrain" else 2))
+        ranks = [distributed.rank()] if distributed.rank() else []
+        torch.manual_seed(derived_seed(engine.seed, cycle, 3 if phase == "retrain" else 2, *ranks))
 
     @property
     def epoch(self) -> int:
@@ -226,13 +246,14 @@ class Training:
         engine, size = self.engine, self.engine.config.batch_size
         on_cpu = engine.device.type == "cpu"
         plan = engine.train_set.epoch(engine.seed, self.epoch)
+        mine = distributed.my_share(size)
         end = min((self.epoch + 1) * engine.steps_per_epoch, self.schedule.total)
         self.model.train()
         began = time.perf_counter()
         try:
             while self.step < end:
                 place = self.step % engine.steps_per_epoch * size
-                inputs = plan.part(place, place + size)
+                inputs = plan.part(place + mine.start, place + mine.stop)
                 rate = self.schedule(self.step) * self.rate_factor
                 if not self._make(inputs, rate):
                     raise self._diverged(self.step, inputs, rate)
@@ -241,8 +262,9 @@ class Training:
                 if not on_cpu and (self.step % CHECK_EVERY == 0 or self.step == end) and int(self._make.bad) >= 0:
                     raise self._diverged(self._start + int(self._make.bad), inputs, rate)
                 after_step(self.step)
-                if self.step == end and not _all_finite(self.model):  # no later loss would show the last step's damage
-                    raise self._diverged(self.step - 1, inputs, rate, "the model")
+            distributed.share_buffers(self.model)
+            if not _all_finite(self.model):  # no later loss would show the last step's damage
+                raise self._diverged(self.step - 1, inputs, rate, "the model")
         finally:
             self.seconds += time.perf_counter() - began
         return self._close_epoch()
@@ -251,6 +273,7 @@ class Training:
         """At the end: with `ema`, the model takes the mean over, which is then what is measured, pruned and kept."""
         if self._average is not None:
             self._average.adopt()
+            distributed.share_buffers(self.model)
 
     def _clip(self) -> None:
         """Gradients of dead weights count for nothing: a step does not use them."""
@@ -269,13 +292,15 @@ class Training:
 
     def _diverged(self, step: int, inputs: tuple[Tensor, ...], rate: float, what: str = "the loss") -> Diverged:
         x, _ = self.engine.train_set.gather(*inputs)
+        layers = [layer for layer in distributed.gather(_first_bad_layer(self.model, x)) if layer is not None]
+        where = layers[0] if layers else "the outputs are finite but huge"
         return Diverged(
             f"{what} is not finite at step {step} (epoch {step // self.engine.steps_per_epoch}), learning rate "
-            f"{rate:g}: {_first_bad_layer(self.model, x)}. Lower --lr, or lengthen --warmup"
+            f"{rate:g}: {where}. Lower --lr, or lengthen --warmup"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of this training depends on, the model included."""
+        """All that the rest of this training depends on, the model included; to be called on every rank."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -285,13 +310,16 @@ class Training:
             "last_loss": self.last_loss,
             "seconds": self.seconds,
             "rate_factor": self.rate_factor,
-            "rng": torch.get_rng_state(),
+            "rng": distributed.gather(self._random()),
         }
         if self._average is not None:
             state["average"] = self._average.state_dict()
-        if self.engine.device.type == "cuda":
-            state["rng_cuda"] = torch.cuda.get_rng_state(self.engine.device)
         return state
+
+    def _random(self) -> list[Tensor]:
+        """This rank's random number generators."""
+        device = self.engine.device
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken."""
@@ -306,9 +334,17 @@ class Training:
         self._loss_steps = state["loss_steps"]
         if self._loss_steps and (self.done or self.step % self.engine.steps_per_epoch == 0):
             self._close_epoch()  # it was stopped right after an epoch's last step
-        torch.set_rng_state(state["rng"])
-        if "rng_cuda" in state:
-            torch.cuda.set_rng_state(state["rng_cuda"], self.engine.device)
+        if len(state["rng"]) != distributed.size():
+            warnings.warn(
+                f"stopped with {len(state['rng'])} processes and resumed with {distributed.size()}: dropout and the "
+                "like draw other numbers than they would have",
+                stacklevel=2,
+            )
+            return
+        random = state["rng"][distributed.rank()]
+        torch.set_rng_state(random[0])
+        if len(random) > 1:
+            torch.cuda.set_rng_state(random[1], self.engine.device)
 
 
 @torch.no_grad()
@@ -319,7 +355,7 @@ def _all_finite(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _first_bad_layer(model: nn.Module, x: Tensor) -> str:
+def _first_bad_layer(model: nn.Module, x: Tensor) -> str | None:
     """Says which layer first gives a number that is not finite; the loss alone overflowed if none does."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -342,4 +378,4 @@ def _first_bad_layer(model: nn.Module, x: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"{found[0]} is the first layer whose output is not finite" if found else "the outputs are finite but huge"
+    return f"{found[0]} is the first layer whose output is not finite" if found else None

@@ -199,10 +199,12 @@ class Resident:
             pixels = pixels[:, PADDING : PADDING + self.size, PADDING : PADDING + self.size]
         return self._normalised(pixels), self.labels[which]
 
-    def batches(self, size: int = EVAL_BATCH, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images (or the first `limit`) in order, without augmentation."""
+    def batches(
+        self, size: int = EVAL_BATCH, limit: int | None = None, every: int = 1, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images (or the first `limit`) in order, without augmentation; every so many-th batch from the first."""
         count = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, count, size):
+        for start in range(first * size, count, every * size):
             yield self.plain(slice(start, min(start + size, count)))
 
     def _normalised(self, pixels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from ap import DNRMonitor
 from ap.dnr_recording import Recording
+from recipes import distributed
 
 WARM_UP = 2  # steps before a capture, in which libraries choose their kernels and the optimizer makes its state
 
@@ -75,7 +76,7 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._backward(inputs)
+        loss = distributed.mean_(self._backward(inputs))
         if self.device.type != "cpu":
             self._note(loss)
         elif not math.isfinite(loss.item()):
@@ -94,13 +95,19 @@ class Step:
         total: Tensor | None = None
         for part in range(self._parts):
             x, targets = self._batch(*(tensor[..., part * size : (part + 1) * size] for tensor in inputs))
-            with self._autocast():
-                outputs = self._forward(x)
-            loss = self._loss_fn(outputs.float(), targets) / self._parts
-            loss.backward()
+            with contextlib.nullcontext() if part == self._parts - 1 else self._local():
+                with self._autocast():
+                    outputs = self._forward(x)
+                loss = self._loss_fn(outputs.float(), targets) / self._parts
+                loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _local(self) -> contextlib.AbstractContextManager[Any]:
+        """Without averaging over the ranks: once a step is enough."""
+        no_sync = getattr(self._forward, "no_sync", None)
+        return contextlib.nullcontext() if no_sync is None else no_sync()
 
     def _note(self, loss: Tensor) -> None:
         first = ~torch.isfinite(loss) & (self.bad < 0)
