@@ -113,7 +113,10 @@ def rise(x: Tensor, alpha: float, width: float) -> Tensor:
     """The value of `Rise`: a smooth L1 loss is that function on its right side."""
     out = torch.empty_like(x)
     for a, y in blocks((x, out)):
-        _half_parabola(a, alpha, width, y)
+        wide_y = wide(y)  # itself, or another buffer: older versions have no smooth L1 loss in float16 on a CPU
+        _half_parabola(wide(a), alpha, width, wide_y)
+        if wide_y is not y:
+            y.copy_(wide_y)
     return out
 
 
@@ -127,11 +130,14 @@ def _rise_backward(grad: Tensor, y: Tensor, width: float) -> Tensor:
     out = torch.empty_like(grad)
     info = torch.finfo(y.dtype)
     end = math.sqrt(width / 2) * (1 - 4 * info.eps)  # so that rounding leaves the slope at the end itself exactly 1
-    zero = y.new_zeros(())
+    zero = y.new_zeros((), dtype=wide_dtype(y))
     for g, value, result in blocks((grad, y, out)):
+        value, wide_result = wide(value), wide(result)
         # √y as y/√y: the root itself takes twenty times as long on a CPU where it meets zeros.
         root = value.clamp(info.tiny, width / 2).rsqrt_().mul_(value)
-        aten.smooth_l1_loss_backward.grad_input(g, root, zero.expand_as(root), 0, end, grad_input=result)
+        aten.smooth_l1_loss_backward.grad_input(wide(g), root, zero.expand_as(root), 0, end, grad_input=wide_result)
+        if wide_result is not result:
+            result.copy_(wide_result)
     return out
 
 
