@@ -75,11 +75,13 @@ class BySign:
         sign: −1, 1, or 0 for any.
         scores: of the weights of that sign; of the others whatever it likes.
         elementwise: a weight's score depends on that weight alone, so `scores` may be given pieces of a layer.
+        measures: it needs `Layer.statistics`, and so batches. Any criterion may have this attribute.
     """
 
     sign: int
     scores: Criterion
     elementwise: bool = True
+    measures: bool = False
 
     def __call__(self, layer: Layer) -> Tensor:
         scores = self.scores(layer)
@@ -96,9 +98,18 @@ class BySign:
         return weight < 0 if self.sign < 0 else weight > 0
 
 
-def by_sign(sign: int, elementwise: bool = True) -> Callable[[Criterion], Criterion]:
-    """Decorator: a function's scores, for weights of one sign."""
-    return lambda scores: functools.update_wrapper(BySign(sign, scores, elementwise), scores)
+def by_sign(sign: int, elementwise: bool = True, measures: bool = False) -> Callable[[Criterion], Criterion]:
+    """Decorator: a function's scores, for weights of one sign; one that measures gets whole layers."""
+    return lambda scores: functools.update_wrapper(BySign(sign, scores, elementwise and not measures, measures), scores)
+
+
+def measures(criterion: str | Criterion) -> bool:
+    """Whether a criterion, or the one of this name, needs batches.
+
+    >>> measures("most-waking"), measures("least-moved-negative")
+    (True, False)
+    """
+    return criterion != "pruner" and bool(getattr(get(criterion), "measures", False))
 
 
 def register(name: str) -> Callable[[Criterion], Criterion]:
@@ -157,22 +168,48 @@ def decay_corrected(layer: Layer) -> Tensor:
 
 
 @register("most-waking")
-@by_sign(-1, elementwise=False)
+@by_sign(-1, measures=True)
 def most_waking(layer: Layer) -> Tensor:
     """Most expected lift of dead units for the least disturbance of the output, measured on data (ours).
 
     Removes the negative weights with the largest (E[x_j] · d_i) / (|w_ij| · E[x_j²]), d_i the dead rate of the channel.
     """
-    statistics = layer.statistics
-    if statistics is None:
-        raise ValueError("most-waking measures its inputs: give AP batches of (inputs, targets)")
-    rows, columns = layer.weight.shape[:2]
-    trailing = (1,) * (layer.weight.dim() - 2)
+    statistics = _measured(layer)
     ratio = torch.where(statistics.square > 0, statistics.mean / statistics.square, 0.0)
-    # A grouped convolution's rows see only their own group's inputs.
-    ratio = ratio.view(statistics.groups, columns).repeat_interleave(rows // statistics.groups, dim=0)
-    lift = (ratio * statistics.dead[:, None]).view(rows, columns, *trailing)
+    lift = _spread(layer, ratio, statistics.dead)
     return -lift.to(layer.weight.dtype) / layer.weight.abs()
+
+
+@register("gentle-waking")
+@by_sign(-1, measures=True)
+def gentle_waking(layer: Layer) -> Tensor:
+    """The negative weights that change the output least, dead units first, measured on data (ours).
+
+    Removes the negative weights with the smallest |w_ij| · √E[x_j²] / d_i: what Wanda prunes by (Sun et al. 2023), for
+    weights that push down, divided by the dead rate of the channel they feed (no less than 0.001). Where the mean input
+    is not positive, a negative weight does not push down: such weights come last.
+    """
+    statistics = _measured(layer)
+    pushes = torch.where(statistics.mean > 0, statistics.square.sqrt(), torch.inf)
+    norm = _spread(layer, pushes, 1 / statistics.dead.clamp(min=1e-3))
+    return layer.weight.abs() * norm.to(layer.weight.dtype)
+
+
+def _measured(layer: Layer) -> LayerStatistics:
+    if layer.statistics is None:
+        raise ValueError(f"{layer.name}: this criterion measures its inputs: give AP batches of (inputs, targets)")
+    return layer.statistics
+
+
+def _spread(layer: Layer, columns: Tensor, rows: Tensor) -> Tensor:
+    """Products of a number a row and a number an input, in the weight's shape.
+
+    A grouped convolution's rows see only their own group's inputs.
+    """
+    assert layer.statistics is not None
+    groups, (height, width) = layer.statistics.groups, layer.weight.shape[:2]
+    each = columns.view(groups, width).repeat_interleave(height // groups, dim=0)
+    return (each * rows[:, None]).view(height, width, *(1,) * (layer.weight.dim() - 2))
 
 
 @register("least-moved")

@@ -24,6 +24,8 @@ from ap.ranking import Elementwise, LazyScores, count_true, lowest
 from ap.slots import Handle, Kept, parameter_ids, zeros_of
 from ap.steps import after_every_step
 
+_SCHEMA = 1
+
 
 class Selection(dict[str, Tensor]):
     """Weights chosen for removal: bool tensors by name, True = chosen."""
@@ -65,7 +67,8 @@ class AP:
         where: "all", "rectified" (only layers whose input is rectified and whose output feeds an activation that can
             die), or names and globs of layers.
         allocation: "global", or "as-ap": from each layer as many as the paper's criterion would take there.
-        batches: for criteria that measure (`most-waking`): (inputs, targets) pairs that can be read repeatedly.
+        batches: for criteria that measure (`most-waking`, `gentle-waking`): (inputs, targets) pairs that can be read
+            repeatedly.
         example_input: helps to find the graph of a model that cannot be traced without.
         seed: for criteria that draw.
 
@@ -101,8 +104,9 @@ class AP:
         if allocation not in ("global", "as-ap"):
             raise ValueError(f"allocation must be 'global' or 'as-ap', not {allocation!r}")
         self.criterion = criteria.get(criterion)
-        if self.criterion is criteria.most_waking and batches is None:
-            raise ValueError("criterion='most-waking' measures its inputs: give AP(..., batches=...)")
+        if criteria.measures(self.criterion) and batches is None:
+            name = getattr(self.criterion, "__name__", "").replace("_", "-")
+            raise ValueError(f"criterion={name!r} measures its inputs: give AP(..., batches=...)")
         self.masks = model if isinstance(model, Masks) else Masks(model)
         self.rate = rate
         self.allocation = allocation
@@ -233,7 +237,7 @@ class AP:
     def state_dict(self) -> dict[str, Any]:
         """Where this training started; the masks have a state of their own."""
         decay = {name: list(self._decay.state(self.masks.weight(name))) for name in self.masks}
-        return {"start": dict(self._start), "last_zero": dict(self._last_zero), "decay": decay}
+        return {"schema": _SCHEMA, "start": dict(self._start), "last_zero": dict(self._last_zero), "decay": decay}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict()` was taken; dead weights stay dead from now on."""
@@ -247,6 +251,8 @@ class AP:
     def unpack(self, state: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, tuple[float, float | None]]]:
         """The parts of a saved state; ValueError where it is damaged or another model's."""
         try:
+            if state.get("schema", _SCHEMA) != _SCHEMA:
+                raise ValueError(f"not an AP state of schema {_SCHEMA}")
             start, last_zero = dict(state["start"]), dict(state["last_zero"])
             decay = {name: (float(factor), momentum) for name, (factor, momentum) in state["decay"].items()}
             shapes = {name: self.masks.weight(name).shape for name in self.masks}
@@ -300,7 +306,7 @@ class AP:
     ) -> Selection:
         if not self._start:
             raise RuntimeError("AP does not know where training started: call mark_start() before it, or use cycle()")
-        statistics = self._statistics(names) if function is criteria.most_waking else {}
+        statistics = self._statistics(names) if criteria.measures(function) else {}
 
         def layer(name: str, *pieces: Tensor) -> Layer:
             weight, start = pieces or self._weight_and_start(name)
@@ -337,14 +343,14 @@ class AP:
         from ap.graph import layer_contexts
 
         if self.batches is None:
-            raise ValueError("most-waking measures its inputs: give AP(..., batches=...)")
+            raise ValueError("this criterion measures its inputs: give AP(..., batches=...)")
         contexts = layer_contexts(self.model, self.example_input)
         layers = {}
         for name in names:
             module = self.masks.module(name)
             if not isinstance(module, (_ConvNd, nn.Linear)) or getattr(module, "transposed", False):
                 raise ValueError(
-                    f"{name}: most-waking is defined for convolutions and linear layers; limit it by where="
+                    f"{name}: inputs are measured for convolutions and linear layers only; limit AP by where="
                 )
             layers[name] = module
         activations = {

@@ -378,6 +378,25 @@ def test_most_waking_by_hand():
     plugin.detach()
 
 
+def test_gentle_waking_by_hand():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-0.5, -1.0], [-2.0, 1.0]]))
+        model[2].weight.copy_(torch.tensor([[-1.0, -1.0]]))
+    x = torch.tensor([[1.0, 0.0], [1.0, 4.0], [3.0, 4.0], [3.0, 8.0]])
+    # √E[x²] = (√5, √24); unit 0 is always dead, unit 1 half of the time: √5 / 2, √24, 4 √5. The last layer feeds no
+    # activation, so it comes last.
+    plugin = AP(model, criterion="gentle-waking", batches=[(x, None)])
+    plugin.mark_start()
+    order = [0, 1, 2]
+    assert 0.5 * 5**0.5 < 24**0.5 < 2 * 5**0.5 / 0.5
+    for count in range(1, 4):
+        chosen = plugin.preview(count)
+        assert chosen["0.weight"].view(-1).nonzero()[:, 0].tolist() == order[:count]
+    assert plugin.preview(5).counts == {"0.weight": 3, "2.weight": 2}
+    plugin.detach()
+
+
 def test_most_waking_with_groups_and_batch_norm():
     torch.manual_seed(0)
     model = nn.Sequential(
