@@ -198,6 +198,8 @@ class Experiment:
     """What the forward pass computes in; auto is bfloat16 (autocast) on a GPU and float32 on a CPU."""
     step: Literal["auto", "eager", "captured"] = "auto"
     """How steps are made: call by call, or captured in a CUDA graph and replayed; auto captures on a GPU."""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """Read images from disk as they are needed instead of keeping them on the device; auto: if they are too many."""
     compile: bool = False
     """Compile the model for training with torch.compile, which takes minutes; the counting of dead neurons with it."""
     deterministic: bool = False

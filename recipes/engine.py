@@ -7,6 +7,7 @@ finite.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 import warnings
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap import DNRMonitor, Masks
+from ap import DNRMonitor, Masks, criteria
 from ap.activations import param_groups
 from recipes import distributed
 from recipes.average import Average
@@ -26,6 +27,7 @@ from recipes.data import ImageData
 from recipes.resident import Resident, derived_seed
 from recipes.schedule import Schedule
 from recipes.step import CapturedStep, Step
+from recipes.streamed import Streamed, fits
 
 CHECK_EVERY = 50
 
@@ -91,9 +93,13 @@ class Engine:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         augment = data.augment if config.augment == "data" else config.augment
-        self.train_set = Resident(data.train, data, self.device, augment, config.cutout, config.mixup, config.crop_area)
-        self.val_set = Resident(data.val, data, self.device) if len(data.val) else None
-        self.test_set = Resident(data.test, data, self.device)
+        stream = config.stream == "yes" or (config.stream == "auto" and not fits(data, self.device))
+        held = functools.partial(Streamed, stride=config.batch_size) if stream else Resident
+        self.train_set: Resident = held(
+            data.train, data, self.device, augment, config.cutout, config.mixup, config.crop_area
+        )
+        self.val_set: Resident | None = held(data.val, data, self.device) if len(data.val) else None
+        self.test_set: Resident = held(data.test, data, self.device)
         self.steps_per_epoch = len(data.train) // config.batch_size
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -140,7 +146,8 @@ class Engine:
         order, size = self.train_set.epoch(self.seed, 0).order, config.batch_size
         count = min(config.score_batches, len(order) // size)
         which = range(count)
-        reduced = not config.pruner.startswith("structured-") and all(a.criterion != "most-waking" for a in config.arms)
+        measuring = any(criteria.measures(arm.criterion) for arm in config.arms)
+        reduced = not config.pruner.startswith("structured-") and not measuring
         if reduced and count % distributed.size() == 0:
             which = which[distributed.rank() :: distributed.size()]
         return [self.train_set.plain(order[i * size : (i + 1) * size]) for i in which]
@@ -253,7 +260,7 @@ class Training:
         try:
             while self.step < end:
                 place = self.step % engine.steps_per_epoch * size
-                inputs = plan.part(place + mine.start, place + mine.stop)
+                inputs = engine.train_set.part(plan, place + mine.start, place + mine.stop)
                 rate = self.schedule(self.step) * self.rate_factor
                 if not self._make(inputs, rate):
                     raise self._diverged(self.step, inputs, rate)

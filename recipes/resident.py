@@ -110,15 +110,22 @@ class Resident:
     ) -> None:
         self.augment, self.cutout, self.mixup, self.crop_area = augment, cutout, mixup, crop_area
         self.size, self.classes = data.image_size, data.num_classes
-        pixels = images.images.permute(0, 2, 3, 1).contiguous()
-        if augment == "crop-flip":
-            pixels = F.pad(pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))
-        self.images = pixels.to(device)
-        self.labels = images.labels.to(device)
+        self.device = device
+        self._hold(images)
         self.mean = torch.tensor(data.mean, device=device)
         self.scale = 1 / torch.tensor(data.std, device=device)
         self.range = torch.arange(self.size, device=device)
         self.middles = (2 * self.range + 1) / self.size - 1  # of the pixels, the image reaching from −1 to 1
+
+    def _hold(self, images: ImageSet) -> None:
+        self.images = self._laid_out(images.images).to(self.device)
+        self.labels = images.labels.to(self.device)
+
+    def _laid_out(self, pixels: Tensor) -> Tensor:
+        """Bytes [n, C, H, W] as [n, H, W, C], with the margin that random crops need."""
+        pixels = pixels.permute(0, 2, 3, 1).contiguous()
+        margin = (0, 0, PADDING, PADDING, PADDING, PADDING)
+        return F.pad(pixels, margin) if self.augment == "crop-flip" else pixels
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -149,7 +156,11 @@ class Resident:
 
         With mixup the labels are the classes' shares, float32 [n, classes], which the cross-entropy takes as well.
         """
-        return self.gather(*plan.part(start, stop))
+        return self.gather(*self.part(plan, start, stop))
+
+    def part(self, plan: Plan, start: int, stop: int) -> tuple[Tensor, ...]:
+        """What `gather` makes positions start … stop of the epoch from; the batch is each tensor's last dimension."""
+        return plan.part(start, stop)
 
     def gather(self, *part: Tensor) -> tuple[Tensor, Tensor]:
         """The images and labels that a part of this set's plan stands for.
@@ -166,21 +177,24 @@ class Resident:
         return images.lerp(others, share[:, None, None, None]), own.lerp(other, share[:, None])
 
     def _augmented(self, index: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        return self._drawn(self.images, index, *drawn), self.labels[index]
+
+    def _drawn(self, images: Tensor, index: Tensor, *drawn: Tensor) -> Tensor:
         if self.augment != "crop-flip":
-            pixels = self.images[index]
+            pixels = images[index]
         else:
             top, left, mirrored = drawn[0]
             rows = top[:, None] + self.range
             columns = torch.where(mirrored[:, None] == 1, self.size - 1 - self.range, self.range) + left[:, None]
-            pixels = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        images = self._normalised(pixels)
+            pixels = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        found = self._normalised(pixels)
         if self.augment == "resized-crop":
-            images = self._stretched(images, drawn[0])
+            found = self._stretched(found, drawn[0])
         if self.cutout:
             inside = self.range - drawn[-1][:, :, None]  # [2, n, H or W], counted from the hole's corner
             rows, columns = (inside >= 0) & (inside < self.cutout)
-            images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)  # the mean pixel
-        return images, self.labels[index]
+            found.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)  # the mean pixel
+        return found
 
     def _stretched(self, images: Tensor, boxes: Tensor) -> Tensor:
         """Bilinear: a crop of an image of the same size is never shrunk, so that nothing needs to be averaged."""
