@@ -42,6 +42,9 @@ class LazyScores(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._compute(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a mapping's own way would compute them
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -153,23 +156,9 @@ class _Source:
     def layer(self, name: str, stride: int = 1) -> Iterator[tuple[Tensor, Tensor | None]]:
         """A layer's chunks; of each chunk every `stride`-th element."""
         mask = self.eligible[name]
-        function: Callable[..., Tensor]
-        if isinstance(self.scores, Elementwise):
-            tensors = [tensor.detach() for tensor in self.scores.tensors(name)]
-            function = functools.partial(self.scores.function, name)
-        else:
-            tensors, function = [self.scores[name].detach()], _itself
-        if tensors[0].shape != mask.shape:
-            raise ValueError(
-                f"{name}: scores of shape {list(tensors[0].shape)} for weights of shape {list(mask.shape)}"
-            )
         # A mask with every element set is not worth reading again and again.
         whole = self.counts[name] == mask.numel()
-        for *pieces, part in _chunks(tensors if whole else [*tensors, mask], whole):
-            if stride > 1:
-                pieces = [piece[::stride] for piece in pieces]
-                part = None if part is None else part[::stride]
-            values = function(*pieces)
+        for values, part in pieces(self.scores, name, mask, whole, stride):
             if self._common is None:
                 if not values.dtype.is_floating_point:
                     raise TypeError(f"{name}: scores must be floating point, not {values.dtype}")
@@ -190,8 +179,29 @@ class _Source:
         return None
 
 
-def _itself(values: Tensor) -> Tensor:
-    return values
+def pieces(
+    scores: Mapping[str, Tensor], name: str, mask: Tensor, whole: bool = False, stride: int = 1
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's scores and mask as flat chunks in row-major order; of each chunk every `stride`-th element.
+
+    Args:
+        scores: elementwise ones are computed for one chunk at a time.
+        name: of the layer.
+        mask: of the weight's shape.
+        whole: leave the mask out, and give None instead.
+
+    Raises:
+        ValueError: scores of another shape than the mask's.
+    """
+    tensors = list(scores.tensors(name)) if isinstance(scores, Elementwise) else [scores[name]]
+    tensors = [tensor.detach() for tensor in tensors]
+    if tensors[0].shape != mask.shape:
+        raise ValueError(f"{name}: scores of shape {list(tensors[0].shape)} for weights of shape {list(mask.shape)}")
+    for *chunks, part in _chunks(tensors if whole else [*tensors, mask], whole):
+        if stride > 1:
+            chunks = [chunk[::stride] for chunk in chunks]
+            part = None if part is None else part[::stride]
+        yield (scores.function(name, *chunks) if isinstance(scores, Elementwise) else chunks[0]), part
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ap.graph_trace import unwrap
 from ap.masks import Masks, Scope, check_share
 from ap.names import unknown
+from ap.ranking import pieces
 from pruners.densities import check_density, remove_lowest
 from pruners.schedules import exponential, removed_by
 
@@ -245,11 +246,12 @@ def checked(scores: Mapping[str, Tensor], masks: Masks, who: str, begun: bool = 
     for name in masks:
         if name not in scores:
             raise ValueError(f"{who}: no score for {name}")
-        score = scores[name].detach()
-        total = score.sum()
-        if not bool(torch.isfinite(total)) and not bool((torch.isfinite(score) | ~masks[name]).all()):
-            raise ValueError(f"{who}: {name} has scores that are not finite")
-        informative = informative or bool(((score != 0) & masks[name]).any())
+        for score, alive in pieces(scores, name, masks[name]):
+            assert alive is not None
+            # A sum is cheap, and finite only if all are; it may overflow, though, and dead weights do not matter.
+            if not bool(torch.isfinite(score.sum())) and not bool((torch.isfinite(score) | ~alive).all()):
+                raise ValueError(f"{who}: {name} has scores that are not finite")
+            informative = informative or bool(((score != 0) & alive).any())
     if not informative and begun:
         warnings.warn(
             f"{who}: pruning has cut the network off, every score is zero; the rest goes by position", stacklevel=3
