@@ -129,9 +129,10 @@ class Pool:
         pictures = [plots.differences(self, out / "differences.png")]
         records = self.records()
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in records for key in row)))
+        columns = dict.fromkeys(key for row in records for key in row)
+        writer = csv.DictWriter(text, [*columns, "schema"])
         writer.writeheader()
-        writer.writerows(records)
+        writer.writerows(record | {"schema": SCHEMA} for record in records)
         write_whole(out / "summary.csv", text.getvalue())
         write_whole(out / "summary.md", self.markdown())
         write_json(out / "summary.json", self.to_dict())

@@ -6,9 +6,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
+_SCHEMA = 1
+
 
 class CSVWriter:
-    """Scalars as rows `step,tag,value` of a CSV file.
+    """Scalars as rows `step,tag,value,schema` of a CSV file; `schema` tells the version of this format.
 
     Example:
         >>> import tempfile
@@ -17,7 +19,7 @@ class CSVWriter:
         ...     writer.add_scalar("dnr/train/model/total", 0.5, 10)
         ...     writer.close()
         ...     (Path(folder) / "dnr.csv").read_text().split()
-        ['step,tag,value', '10,dnr/train/model/total,0.5']
+        ['step,tag,value,schema', '10,dnr/train/model/total,0.5,1']
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -25,11 +27,11 @@ class CSVWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", newline="")
         self._rows = csv.writer(self._file)
-        self._rows.writerow(("step", "tag", "value"))
+        self._rows.writerow(("step", "tag", "value", "schema"))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """One row."""
-        self._rows.writerow((step, tag, float(value)))
+        self._rows.writerow((step, tag, float(value), _SCHEMA))
 
     def flush(self) -> None:
         """Writes what is buffered."""
