@@ -137,6 +137,9 @@ class Experiment:
     """The side in pixels that a folder's images are resized to, or a data set's are shrunk to (a divisor of theirs)."""
     val: float | None = None
     """The share (below 1) or number of training images held out for validation; the data set's own default if None."""
+    inputs: Literal["standard", "non-negative"] = "standard"
+    """How images are normalised: to zero mean and unit variance, or to [0, 1], where AP's argument holds for the first
+    layer too: a negative weight pushes a neuron down only if its input is not negative."""
     train_images: int | None = None
     """Train on this many images only, every class in its share: for trying something out. All if None."""
     probe: int = 1000

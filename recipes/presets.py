@@ -76,6 +76,7 @@ PRESETS: dict[str, Preset] = {
             ap=_ALL,
             model="lenet-300-100",
             data="fashion-mnist",
+            inputs="non-negative",
             cycles=10,
             amount=0.36,
             rate=0.04,

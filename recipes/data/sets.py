@@ -72,6 +72,21 @@ class ImageData:
         part = ImageSet(self.train.images[:count], self.train.labels[:count])
         return replace(self, train=part)
 
+    def non_negative(self) -> ImageData:
+        """The same, but normalised to [0, 1] instead of zero mean and unit variance.
+
+        What Activate-while-Pruning argues, that a negative weight can only push a neuron down, holds for inputs that
+        are not negative: for the first layer, that is for such images only.
+
+        >>> from recipes.data import load
+        >>> digits = load("digits").non_negative()
+        >>> x = digits.normalise(digits.train.images)
+        >>> x.min().item(), x.max().item()
+        (0.0, 1.0)
+        """
+        brightest = float(self.train.images.max()) or 1.0
+        return replace(self, mean=(0.0,) * self.in_channels, std=(brightest,) * self.in_channels)
+
     def shrunk(self, size: int) -> ImageData:
         """The same with smaller images, for slow machines: each pixel becomes the mean of the block it stands for.
 

@@ -1,0 +1,68 @@
+"""`answer NAME --out DIR`: runs a plan, or what is left of it, and writes its page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes import experiment
+from recipes.answers import pages, plans
+from recipes.answers.evidence import gather
+from recipes.experiment import Failed, Stopped
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(prog="python -m recipes answer", description="Measured answers: plans, runs, pages.")
+    made.add_argument("name", nargs="?", help=f"one of {', '.join(plans.names())}; all if not given")
+    made.add_argument("--out", type=Path, default=None, help="where the runs are, a folder an experiment")
+    made.add_argument("--docs", type=Path, default=None, help="write pages, numbers and pictures to DOCS/results")
+    made.add_argument("--report", action="store_true", help="run nothing: only make the page from what there is")
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs plans, and makes their pages; without --out, pages are made anew from the numbers beside them."""
+    options = parser().parse_args(list(arguments))
+    chosen = [plans.get(options.name)] if options.name else list(plans.PLANS.values())
+    if options.out is None and options.docs is None:
+        for plan in chosen:
+            print(f"{plan.name}: {plan.question}\n  {plan.text}\n  runs: {', '.join(plan.experiments)}\n")
+        return 0
+    for plan in chosen:
+        if options.out is not None:
+            if not options.report and not _run(plan, options.out):
+                return 130
+            evidence = gather(plan, options.out)
+        else:
+            evidence = json.loads((options.docs / "results" / f"{plan.name}.json").read_text(encoding="utf-8"))
+        if options.docs is not None:
+            print(f"written: {pages.write(plan, evidence, options.docs)}")
+        else:
+            print(pages.page(plan, evidence))
+    return 0
+
+
+def _run(plan: plans.Plan, out: Path) -> bool:
+    """All experiments of a plan, one after the other; False where it was stopped."""
+    for name, config in plan.experiments.items():
+        folder = out / name
+        threads = experiment.prepare(config, folder)
+        print(f"{plan.name}: {name}", file=sys.stderr, flush=True)
+        try:
+            experiment.execute(config, folder, _say, threads)
+        except Stopped:
+            print(f"stopped; the same command goes on in {out}", file=sys.stderr)
+            return False
+        except Failed as error:  # the others are worth having; the page says what is missing
+            print(f"error: {error}", file=sys.stderr)
+    return True
+
+
+def _say(event: dict[str, Any]) -> None:
+    if event["event"] in ("failed", "warning"):
+        print(f"{event['job']}: {event['why']}", file=sys.stderr)
