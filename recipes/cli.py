@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 import warnings
@@ -19,7 +20,7 @@ import pruners
 from ap import criteria
 from ap.names import unknown
 from recipes import data as data_sets
-from recipes import experiment, models, presets, report, sweep
+from recipes import distributed, experiment, models, presets, report, sweep
 from recipes.config import Experiment
 from recipes.engine import Engine, Stopped, device_of
 from recipes.progress import Progress
@@ -51,13 +52,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise unknown("command", command, COMMANDS)
+        if distributed.launched() and command not in ("run", "resume"):
+            raise ValueError(f"{command} works in one process: start it without torchrun")
         return int(globals()[f"_{command}"](rest) or 0)
-    except experiment.Failed as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (experiment.Failed, distributed.Disagreement) as error:
+        _print_error(str(error))
         return 1
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(" ".join(str(error).split()))
         return 2
+
+
+def _print_error(text: str) -> None:
+    who = "" if distributed.is_main() else f"rank {os.environ['RANK']}: "
+    print(f"{who}error: {text}", file=sys.stderr)
 
 
 # --- list -----------------------------------------------------------------------------------------------------------
@@ -129,6 +137,8 @@ def _run(arguments: list[str]) -> int:
     config = Experiment(**dataclasses.asdict(options.experiment))
     experiment.check(config)
     if options.dry_run:
+        if distributed.launched():
+            raise ValueError("--dry-run measures one process: start it without torchrun")
         _cost(config)
         return 0
     return execute(config, options.out, options.workers, options.quiet)
@@ -164,6 +174,8 @@ def _sweep(arguments: list[str]) -> int:
 
 def execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> int:
     """Runs what is left of an experiment, and reports it; the exit status: 0, or 130 when stopped."""
+    if distributed.launched():
+        return _execute_together(config, out, workers, quiet)
     with locked(out):
         threads = experiment.prepare(config, out)
         left = [job for job in experiment.jobs(config) if not experiment.is_done(out, job)]
@@ -176,8 +188,27 @@ def execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> 
             return 130
         finally:
             progress.close()
-        found = report.of_folder(out)
-        pictures = found.save(out)
+        return _report(out)
+
+
+def _execute_together(config: Experiment, out: Path, workers: int | None, quiet: bool) -> int:
+    from recipes import torchrun
+
+    if workers is not None:
+        raise ValueError("--workers means nothing under torchrun, whose processes all work on the same run")
+    with contextlib.ExitStack() as held:
+        try:
+            torchrun.execute(config, out, quiet, held)
+        except Stopped:
+            if distributed.is_main():
+                print(f"stopped; go on with: torchrun ... -m recipes resume {out}", file=sys.stderr)
+            return 130
+        return _report(out) if distributed.is_main() else 0
+
+
+def _report(out: Path) -> int:
+    found = report.of_folder(out)
+    pictures = found.save(out)
     print(found)
     print(f"\nplots: {', '.join(str(path) for path in pictures)}")
     print(f"tables: {out / 'summary.md'}, {out / 'summary.csv'}, {out / 'summary.json'}")

@@ -20,7 +20,7 @@ from ap import Masks
 
 # A rank that dies is noticed at once, by its connections and by torchrun; this is for one that hangs. Loading data and
 # compiling may take ranks very different times.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)
 _T = TypeVar("_T")
 
 
@@ -28,9 +28,21 @@ class Disagreement(RuntimeError):
     """Ranks have pruned differently; the message names rank and layer."""
 
 
+class Silent:
+    """Takes any call and does nothing: the writer of the ranks that write nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 def launched() -> bool:
     """Whether torchrun started this process together with others."""
     return dist.is_available() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks and writes; also before they are connected."""
+    return not launched() or int(os.environ["RANK"]) == 0
 
 
 def rank() -> int:

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -28,7 +28,7 @@ from ap.compaction import fit_
 from ap.cycles import Cycles, Run
 from ap.tensorboard import layout, write_pictures, write_report
 from recipes import data as data_sets
-from recipes import models
+from recipes import distributed, models
 from recipes.config import SCHEMA, Arm, Experiment, differences
 from recipes.effective import effective
 from recipes.engine import Diverged, Engine, Stopped, can_capture, device_of
@@ -329,11 +329,11 @@ def last_network(folder: Path) -> tuple[Experiment, Any, nn.Module, dict[str, An
 
 
 @contextmanager
-def stopping(stop: Event) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM set the event instead of ending the process; a second SIGINT ends it."""
+def stopping(stop: Event, insist: bool = True) -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM set the event instead of ending the process; a second SIGINT may end it."""
 
     def ask(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+        if insist and stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
 
@@ -375,16 +375,24 @@ def _work(config: Experiment, out: Path, job: Job) -> str:
 
 def run(config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
     """One run, from where it stands to its end."""
-    with locked(folder, patience_s=30):  # the experiment's folder is ours: a worker of a killed parent is just ending
-        if not (folder / "config.json").exists():
-            whole = {"schema": SCHEMA, "arm": str(job.arm), "seed": job.seed, "experiment": config.to_dict()}
-            write_json(folder / "config.json", whole)
+    with ExitStack() as held:
+        distributed.on_main(lambda: _take(folder, config, job, held))
         _Run(config, folder, job, say, stopped).execute()
+
+
+def _take(folder: Path, config: Experiment, job: Job, held: ExitStack) -> None:
+    # The experiment's folder is ours: a worker of a killed parent is just ending.
+    held.enter_context(locked(folder, patience_s=30))
+    if not (folder / "config.json").exists():
+        whole = {"schema": SCHEMA, "arm": str(job.arm), "seed": job.seed, "experiment": config.to_dict()}
+        write_json(folder / "config.json", whole)
 
 
 class _Run:
     def __init__(self, config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
-        self.config, self.folder, self.job, self.say, self.stopped = config, folder, job, say, stopped
+        self.config, self.folder, self.job, self.stopped = config, folder, job, stopped
+        self.is_main = distributed.rank() == 0
+        self.say = say if self.is_main else say_nothing
         self.data = load_data(config)
         self.engine = Engine(config, self.data, job.seed)
         self.model = self.engine.prepare(build(config, self.data, job.seed))
@@ -404,6 +412,7 @@ class _Run:
             steps_per_epoch=self.engine.steps_per_epoch,
             seed=job.seed,
         )
+        self.ask_every = 10 if distributed.size() > 1 and self.engine.device.type == "cuda" else 1
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.unfinished: dict[str, Any] | None = None
         self.recoveries = 0  # in the trainings since the last row
@@ -411,7 +420,7 @@ class _Run:
 
     def execute(self) -> None:
         """Runs all that is left."""
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.writer: Any = SummaryWriter(str(self.folder / "tensorboard")) if self.is_main else distributed.Silent()
         every = self.config.monitor_every
         self.monitor = DNRMonitor(self.engine.called(self.model), every) if every else None
         try:
@@ -423,13 +432,13 @@ class _Run:
                 finally:
                     for warning in {str(w.message) for w in caught if issubclass(w.category, UserWarning)}:
                         self.say({"event": "warning", "job": self.job.name, "why": warning})
-            self.finish()
+            distributed.on_main(self.finish)
         finally:
             self.writer.close()
 
     def go_on(self) -> None:
         """Takes up the last checkpoint that is good, if there is one."""
-        state = self.checkpoints.latest()
+        state = distributed.on_main(self.checkpoints.latest)
         if state is not None:
             with state_errors(self.checkpoints.folder):
                 fit_(self.model, state["model"])  # which structured pruning may have made smaller
@@ -438,14 +447,19 @@ class _Run:
 
     def on_phase(self, loop: Cycles) -> None:
         """Between trainings: the state is whole."""
+        distributed.check_masks(loop.masks, f"before the training of cycle {loop.cycle}")
         self.save(None)
-        write_rows(self.folder / "metrics.jsonl", loop.history)
+        distributed.on_main(lambda: write_rows(self.folder / "metrics.jsonl", loop.history))
 
     def save(self, training: dict[str, Any] | None) -> None:
-        model = self.model.state_dict()
-        state = {"model": model, "loop": self.loop.state_dict(), "training": training, "recoveries": self.recoveries}
-        self.checkpoints.save(state)
+        """A checkpoint; by all processes together, of which one writes it."""
+        distributed.on_main(lambda: self.checkpoints.save(self.state(training)))
         self.saved_at = time.monotonic()
+
+    def state(self, training: dict[str, Any] | None) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        model = self.model.state_dict()
+        return {"model": model, "loop": self.loop.state_dict(), "training": training, "recoveries": self.recoveries}
 
     def train(self, model: nn.Module, masks: Masks, run: Run) -> dict[str, Any]:
         """One training, then what is measured of the trained network."""
@@ -460,7 +474,8 @@ class _Run:
 
         def after_step(step: int) -> None:
             run.reached(step)
-            if self.stopped():
+            # Between processes, asking costs something.
+            if step % self.ask_every == 0 and distributed.any_of(self.stopped()):
                 raise Stopped
 
         try:
@@ -475,7 +490,8 @@ class _Run:
                             self.monitor.reset()
                         continue
                     self.note(training, run, loss, masks)
-                    if not training.done and time.monotonic() - self.saved_at > SAVE_EVERY_S:
+                    due = time.monotonic() - self.saved_at > SAVE_EVERY_S
+                    if not training.done and distributed.any_of(due):
                         self.save(training.state_dict() | {"recovery": recovery.state_dict()})
         except Stopped:
             self.save(training.state_dict() | {"recovery": recovery.state_dict()})
@@ -493,7 +509,7 @@ class _Run:
         total = None
         if self.monitor is not None:
             try:
-                total = self.monitor.report("train").total
+                total = self.monitor.sync("train").total
                 self.monitor.log(self.writer, step, masks.density)
                 self.monitor.reset()
             except ValueError:  # nothing in this model can die
