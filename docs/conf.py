@@ -17,17 +17,21 @@ author = "the Activate-while-Pruning authors"
 copyright = "MIT licence"
 version = release = ap.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "cli_tables"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "directives"]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3  # so that pages can link to each other's headings, as they do where Markdown is read as it is
 
+# Types that are imported for type checkers only are known by their short names, which may be ambiguous: no link then.
+suppress_warnings = ["ref.python"]
+
 default_role = "code"  # docstrings write `names` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False  # torch's own, of what is overridden, link to torch's pages
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True

@@ -1,4 +1,4 @@
-"""Directives that write the command line's options as tables, from the code that reads them."""
+"""Directives that write from the code: the options of the command line, and what no page of the reference names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import pkgutil
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -64,6 +66,31 @@ class Presets(_Table):
             for key, preset in importlib.import_module(name).PRESETS.items()
         ]
         return table(["preset", "", "arms", "cycles"], rows)
+
+
+class Remaining(_Table):
+    """`package`: automodule of its modules that no page of the reference names, so that none is left out."""
+
+    def lines(self, name: str) -> list[str]:
+        """A block of reStructuredText."""
+        pages = Path(self.env.srcdir, "reference").glob("*.md")
+        named = set(re.findall(r"auto(?:module|class|function):: ([\w.]+)", "".join(map(Path.read_text, pages))))
+        block = [
+            line for module in remaining(name, named) for line in (f".. automodule:: {module}", "   :members:", "")
+        ]
+        return ["```{eval-rst}", *block, "```"]
+
+
+def remaining(package: str, named: set[str]) -> list[str]:
+    """The modules of a package that define something public, and that neither are nor contain one of `named`."""
+    named = named | {name.rpartition(".")[0] for name in named}
+    found = pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
+    return [m.name for m in found if m.name not in named and not m.name.endswith("__main__") and _defines(m.name)]
+
+
+def _defines(name: str) -> bool:
+    public = {key: value for key, value in vars(importlib.import_module(name)).items() if not key.startswith("_")}
+    return any(getattr(value, "__module__", None) == name for value in public.values())
 
 
 def options(module: str, kind: str) -> list[str]:
@@ -131,6 +158,11 @@ def as_cell(text: str) -> str:
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls it."""
-    for name, directive in (("options", Options), ("arguments", Arguments), ("presets", Presets)):
+    for name, directive in (
+        ("options", Options),
+        ("arguments", Arguments),
+        ("presets", Presets),
+        ("remaining", Remaining),
+    ):
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}
