@@ -68,8 +68,10 @@ def _shift(z: Tensor, rate: float) -> Tensor:
     """What to add to z so that this share of it is ≤ 0: half-way between the two values that it falls between."""
     z = z.sort().values
     dead = min(max(round(rate * len(z)), 0), len(z))
-    if dead in (0, len(z)):
-        return -z[0] * (1 + 1e-6) + 1e-6 if dead == 0 else -z[-1]
+    if dead == 0:
+        return 1e-6 * z[0].abs().clamp(min=1) - z[0]
+    if dead == len(z):
+        return -z[-1]
     return -(z[dead - 1] + z[dead]) / 2
 
 
@@ -251,7 +253,14 @@ class Decisive(Study):
                 raise ValueError(f"--networks: {name!r} is none of {', '.join(NETWORKS)}")
             config = NETWORKS[name]
             if self.digits:
-                small = {"data": "digits", "image_size": None, "train_images": None, "batch_size": 50, "cycles": 2}
+                small = {
+                    "data": "digits",
+                    "image_size": None,
+                    "train_images": None,
+                    "batch_size": 50,
+                    "cycles": 2,
+                    "epochs": 2,
+                }
                 config = replace(config, **small)  # type: ignore[arg-type]
             data = load_data(config)
             seeds = range(self.seed, self.seed + (self.resnet_seeds if name == "resnet" else self.seeds))

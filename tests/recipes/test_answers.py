@@ -1,0 +1,118 @@
+"""Measured answers: plans that can be run, pages that follow from their numbers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from recipes import experiment
+from recipes.answers import command, evidence, pages, plans
+from recipes.config import Experiment
+from recipes.storage import FolderError
+
+DOCS = Path(__file__).parents[2] / "docs"
+TINY = Experiment(
+    ap=("none", "lite", "lite:random", "lite:least-moved"),
+    model="cnn",
+    width=0.25,
+    data="digits",
+    cycles=3,
+    amount=0.4,
+    rate=0.1,
+    seeds=2,
+    epochs=1,
+    batch_size=100,
+    lr=0.05,
+    threads=1,
+    monitor_every=5,
+)
+
+
+def test_every_planned_experiment_can_be_run_and_ends_where_twenty_percent_cycles_do() -> None:
+    for plan in plans.PLANS.values():
+        for config in plan.experiments.values():
+            experiment.check(config)
+            assert config.rate == pytest.approx(config.amount / 10, abs=1e-3)
+            density = (1 - config.amount) ** config.cycles
+            assert any(density == pytest.approx(0.8**n, rel=5e-3) for n in range(30))
+        for name in plan.reuses:
+            assert any(name in other.experiments for other in plans.PLANS.values())
+
+
+def test_arms_of_a_criteria_experiment_are_all_the_criteria() -> None:
+    arms = plans.get("criteria").experiments["criteria-global"].ap
+    assert {"none", "lite", "lite:most-waking", "lite:gentle-waking", "lite:random"} <= set(arms)
+    assert not any("pruner" in arm or "decay-corrected" in arm for arm in arms)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small experiment really run, in the place of the plan's."""
+    out = tmp_path_factory.mktemp("answers")
+    plan = replace(plans.get("criteria"), experiments={"criteria-global": TINY})
+    assert command._run(plan, out)
+    return out
+
+
+def small(name: str, folder: str) -> plans.Plan:
+    return replace(plans.get(name), experiments={folder: TINY}, reuses=())
+
+
+def test_a_page_is_the_same_from_runs_and_from_its_numbers(runs: Path, tmp_path: Path) -> None:
+    plan = small("criteria", "criteria-global")
+    found = evidence.gather(plan, runs)
+    written = pages.write(plan, found, tmp_path)
+    again = json.loads((tmp_path / "results" / "criteria.json").read_text())
+    assert pages.page(plan, again) == written.read_text()
+    assert "Not run" not in written.read_text()
+    assert (tmp_path / "images" / "results" / "criteria.png").stat().st_size > 5000
+    picked = pages.choice(found)
+    report = evidence.report_of(found, "criteria-global")
+    gains = {
+        arm: sum(
+            report.by_arm[arm][seed][c]["val_accuracy"] - report.by_arm["none"][seed][c]["val_accuracy"]
+            for seed in (0, 1)
+            for c in (1, 2, 3)
+        )
+        for arm in ("lite:random", "lite:least-moved")
+    }
+    assert f"lite:{picked}" == max(gains, key=lambda arm: gains[arm])
+
+
+@pytest.mark.parametrize(("name", "folder"), [("effect", "headline-mlp"), ("dead-neurons", "vit-relu")])
+def test_the_other_pages_too(name: str, folder: str, runs: Path, tmp_path: Path) -> None:
+    plan = small(name, folder)
+    (tmp_path / folder).symlink_to(runs / "criteria-global")
+    found = evidence.gather(plan, tmp_path)
+    text = pages.write(plan, found, tmp_path / "docs").read_text()
+    assert text.startswith(f"# {plan.question}")
+    if name == "dead-neurons":
+        steps = found["folders"][folder]["over_steps"]
+        assert set(steps) == {"0", "1"}
+        assert len(steps["0"]) == 4  # one epoch of each of four trainings
+        assert all(0 <= static <= total <= 1 for _, total, static in steps["0"])
+    else:
+        assert "lite − none" in text
+
+
+def test_what_is_missing_is_said_and_what_is_another_experiments_refused(runs: Path) -> None:
+    plan = replace(plans.get("criteria"), experiments={"criteria-global": replace(TINY, seeds=3), "confirm-cnn": TINY})
+    text = pages.page(plan, evidence.gather(plan, runs))
+    assert "**Not run** (of what was planned): criteria-global (4 runs), confirm-cnn." in text
+    with pytest.raises(FolderError, match="no finished run"):
+        evidence.gather(plan, runs / "nowhere")
+    other = replace(plan, experiments={"criteria-global": replace(TINY, lr=0.1)})
+    with pytest.raises(FolderError, match="another experiment"):
+        evidence.gather(other, runs)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "results").glob("*.md")), ids=lambda path: path.stem)
+def test_published_pages_follow_from_their_numbers(path: Path) -> None:
+    if path.stem not in plans.names():
+        assert path.stem in ("benchmarks", "index")
+        return
+    found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert pages.page(plans.get(path.stem), found) == path.read_text(encoding="utf-8")
+    if path.stem == "criteria" and "confirm-cnn" in found["folders"]:
+        assert pages.choice(found) == plans.CHOSEN
