@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ap.graph_trace import unwrap
 from ap.masks import Masks
+from ap.slots import multiply_
 from pruners.base import Batches, LossFn, Pruner, register, undisturbed
 
 ROUNDS = 100
@@ -50,8 +51,9 @@ class SynFlow(Pruner):
         inputs = self._ones(plain, batches)
         state, keys = _absolute(plain, masks)
         gradients = _gradients(plain, state, keys, inputs)
-        scores = {name: (state[keys[name]] * gradient).abs_() for name, gradient in gradients.items()}
-        cut = [name for name in masks if not bool(scores[name].any())]
+        # Made in place of the weights, which nothing reads any more: fresh memory would cost more than the product.
+        scores = {name: state[keys[name]].mul_(gradient).abs_() for name, gradient in gradients.items()}
+        cut = [name for name in masks if not bool(scores[name].sum() > 0)]
         if cut and len(cut) < len(masks):
             # Cut off by pruning, or never followed? With all weights of a layer alike only the structure is left.
             even = {keys[name]: torch.full_like(state[keys[name]], 1 / max(1, _fan_in(masks[name]))) for name in masks}
@@ -68,9 +70,11 @@ class SynFlow(Pruner):
     def protected(self, scores: Mapping[str, Tensor], masks: Masks) -> Mapping[str, Tensor]:
         """Each layer's best weight goes last (ours): beside a shortcut flow is conserved without it."""
         for name, score in scores.items():
-            alive = torch.where(masks[name], score, -1.0).view(-1)
-            if alive.numel():
-                score.view(-1)[alive.argmax()] = torch.finfo(score.dtype).max
+            if score.numel():
+                best = torch.unravel_index(score.argmax(), score.shape)
+                if not bool(score[best] > 0):  # dead weights have no flow, so that only then they could be the best
+                    best = torch.unravel_index(masks[name].byte().argmax(), score.shape)
+                score[best] = torch.finfo(score.dtype).max
         return scores
 
     def _ones(self, model: nn.Module, batches: Batches | None) -> tuple[Any, ...]:
@@ -112,10 +116,10 @@ def _absolute(model: nn.Module, masks: Masks) -> tuple[dict[str, Tensor], dict[s
     for key, value in [*model.named_parameters(), *model.named_buffers()]:
         if not value.is_floating_point():
             continue
-        state[key] = value.detach().to(device, torch.float64).abs()
+        state[key] = value.detach().to(device, torch.float64, copy=True).abs_()
         name = owners.get(id(value))
         if name is not None:
-            state[key] *= masks[name].to(device)
+            multiply_(state[key], masks[name].to(device))
             keys[name] = key
     return state, keys
 
@@ -137,7 +141,7 @@ def _gradients(
         for (name, key), gradient in zip(keys.items(), found, strict=True)
     }
     for name, gradient in gradients.items():
-        if not bool(torch.isfinite(gradient).all()):
+        if not bool(torch.isfinite(gradient.sum())) and not bool(torch.isfinite(gradient).all()):
             raise ValueError(
                 f"synflow: the flow through {name} exceeds even float64; is the model very deep or ungainly?"
             )
