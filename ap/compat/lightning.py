@@ -113,6 +113,8 @@ class APCallback(Callback):
             self.share = self._cycle.__enter__()
             if self._state is not None and self._state["plugin"] is not None:
                 self.plugin.load_state_dict(self._state["plugin"])
+        elif self._cycle is None and self._state is not None:
+            self.plugin.mark_start()  # the cycles are over: what is dead stays dead
         self._state = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,7 +127,8 @@ class APCallback(Callback):
         cycle.__exit__(None, None, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets go of the model; a cycle under way activates nothing."""
+        """Lets go of the model; a cycle under way activates nothing, and goes on when training does."""
+        self._state = self.state_dict() or None
         if self._cycle is not None:
             self._cycle.gen.close()
             self._cycle = None
@@ -134,6 +137,8 @@ class APCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, and where the cycle under way started; Lightning puts it into its checkpoints."""
+        if self._state is not None:  # not training now: as training ended, or will begin
+            return self._state
         if self.plugin is None:
             return {}
         start = self.plugin.state_dict() if self._cycle is not None else None
