@@ -17,6 +17,14 @@ from recipes.report import of_folder
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def percent(share: float) -> str:
+    """
+    >>> percent(0.04)
+    '4 %'
+    """
+    return f"{100 * share:.3g} %"
+
+
 def main() -> None:
     out, command = Path(sys.argv[1]), sys.argv[2]
     report = of_folder(out)
@@ -26,17 +34,18 @@ def main() -> None:
     shutil.copyfile(out / "comparison.png", picture)
     shutil.copyfile(out / "layers.png", picture.with_name("quickstart-layers.png"))
     config = report.config
+    seeds = config.seed_list
     text = f"""<!-- quickstart -->
-`{command}`: {config.model} on {config.data}, pruner `{config.pruner}`, {100 * config.amount:g} % of the weights alive
-removed per cycle, {100 * config.rate:g} % of them by AP in `lite`; seeds {config.first_seed} to
-{config.first_seed + config.seeds - 1}, mean ± 95 % confidence interval over seeds, test images. Measured on
-{machine()}.
+`{command}`, the small question that fits a laptop, gives:
+
+> {report.sentence()}
+
+{config.model} on {config.data}, pruner `{config.pruner}`; each cycle removes {percent(config.amount)} of the weights alive, in
+`lite` {percent(config.amount - config.rate)} by the pruner and {percent(config.rate)} by AP. Seeds {seeds[0]} to {seeds[-1]},
+mean ± 95 % confidence interval over seeds, test images; Δ is the paired difference. DNR: dead-neuron rate.
+Measured on {machine()}.
 
 {report.markdown()}
-
-{report.sentence()}
-
-![Accuracy, dead-neuron rate and paired differences against density](docs/images/quickstart.png)
 <!-- /quickstart -->"""
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
