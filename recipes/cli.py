@@ -1,4 +1,4 @@
-"""The command line: python -m recipes list | run | sweep | resume | compare | dnr | export | study."""
+"""The command line: python -m recipes list | run | sweep | resume | compare | dnr | export | study | answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -22,7 +21,7 @@ from ap.names import unknown
 from recipes import data as data_sets
 from recipes import distributed, experiment, models, presets, report, sweep
 from recipes.config import Experiment
-from recipes.engine import Engine, Stopped, device_of
+from recipes.engine import Engine, Stopped
 from recipes.progress import Progress
 from recipes.storage import locked, plain
 
@@ -32,9 +31,10 @@ COMMANDS = {
     "sweep": "sweep PRESET [options]: a grid of experiments; all of it, a list of its runs, or the n-th for job arrays",
     "resume": "resume DIR: goes on with a stopped experiment; one that is finished is only reported",
     "compare": "compare DIR...: tables, paired differences, plots; over several seeds, folders or a sweep",
-    "dnr": "dnr MODEL [options]: the dead-neuron rates of a model on data",
+    "dnr": "dnr MODEL [options]: the dead-neuron rates of any model, a checkpoint or a run's last network on data",
     "export": "export DIR/RUN [options]: a run's last network, compacted, as safetensors and ONNX, with a model card",
     "study": "study NAME [options]: what an activation's paper claims, rebuilt and checked",
+    "answer": "answer [NAME] [options]: does AP help, where, and why? Plans, their runs, and pages made from them",
 }
 
 
@@ -161,6 +161,7 @@ def _resume(arguments: list[str]) -> int:
     for out in sweep.folders(options.out):
         config = experiment.load(out)
         experiment.refuse_code_inside(out, config)
+        experiment.refuse_code_inside(options.out, config)  # of a sweep
         if status := execute(config, out, options.workers, options.quiet):
             return status
     return 0
@@ -308,63 +309,10 @@ def _compare(arguments: list[str]) -> None:
 # --- dnr ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DNR:
-    """The dead-neuron rates of a model on data."""
-
-    model: tyro.conf.Positional[str]
-    """A name of `recipes.models.names()`, or package.module:factory."""
-    data: str = "digits"
-    """A data set, or a folder of images."""
-    data_root: str | None = None
-    """Where the data's files are; $AP_DATA or ./data if not given."""
-    download: bool = False
-    """Whether missing data may be downloaded."""
-    weights: str | None = None
-    """A file of weights: safetensors, or a torch state dict."""
-    activation: str | None = None
-    """The activation; the model's own if not given."""
-    split: Annotated[str, tyro.conf.arg(metavar="train|val|test")] = "test"
-    """Which images."""
-    images: int = 1000
-    """How many."""
-    image_size: int | None = None
-    """For a folder of images: the side in pixels they are resized to."""
-    device: str = "auto"
-    """cpu, cuda …"""
-    json: Path | None = None
-    """Write the report as JSON here."""
-    plot: Path | None = None
-    """Write a bar chart of the layers here (PNG)."""
-
-
 def _dnr(arguments: list[str]) -> None:
-    from ap import measure_dnr
-    from recipes import plots
-    from recipes.resident import Resident
-    from recipes.storage import write_json
+    from recipes import dnr_command
 
-    options = tyro.cli(DNR, args=arguments, prog="python -m recipes dnr")
-    if options.split not in ("train", "val", "test"):
-        raise ValueError(f"--split must be train, val or test, not {options.split!r}")
-    if options.images < 1:
-        raise ValueError(f"--images must be 1 or more, not {options.images}")
-    fields = {
-        name: getattr(options, name) for name in ("model", "data", "data_root", "download", "weights", "activation")
-    }
-    config = Experiment(**fields, image_size=options.image_size, device=options.device)
-    data = experiment.load_data(config)
-    device = device_of(options.device)
-    model = experiment.build(config, data, 0).to(device)
-    if options.weights is None:
-        print("no --weights given: these are random initial weights", file=sys.stderr)
-    images = Resident(getattr(data, options.split), data, device)
-    found = measure_dnr(model, images.batches(size=100, limit=options.images))
-    print(found)
-    if options.json:
-        write_json(options.json, {"schema": 1, "model": options.model, "data": options.data, **found.to_dict()})
-    if options.plot:
-        plots.bars(found, options.plot, f"{options.model} on {options.data}")
+    dnr_command.main(arguments)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
@@ -389,13 +337,19 @@ def _export(arguments: list[str]) -> None:
         print(f"{kind}: {path}")
 
 
-# --- study ----------------------------------------------------------------------------------------------------------
+# --- study, answer ----------------------------------------------------------------------------------------------------
 
 
 def _study(arguments: list[str]) -> int:
     from recipes import studies
 
     return int(studies.cli(arguments) or 0)
+
+
+def _answer(arguments: list[str]) -> int:
+    from recipes.answers import command
+
+    return command.main(arguments)
 
 
 def _no_more(arguments: list[str], command: str) -> None:
