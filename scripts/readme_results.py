@@ -40,8 +40,9 @@ def main() -> None:
 
 > {report.sentence()}
 
-{config.model} on {config.data}, pruner `{config.pruner}`; each cycle removes {percent(config.amount)} of the weights alive, in
-`lite` {percent(config.amount - config.rate)} by the pruner and {percent(config.rate)} by AP. Seeds {seeds[0]} to {seeds[-1]},
+{config.model} on {config.data}, pruner `{config.pruner}`; each cycle removes {percent(config.amount)} of the weights
+alive, in `lite` {percent(config.amount - config.rate)} by the pruner and {percent(config.rate)} by AP. Seeds {seeds[0]}
+to {seeds[-1]},
 mean ± 95 % confidence interval over seeds, test images; Δ is the paired difference. DNR: dead-neuron rate.
 Measured on {machine()}.
 
