@@ -208,3 +208,19 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch) -> None:
         expected -= round(0.2 * expected)
     assert expected <= plugin.masks.alive < 1.1 * expected  # above where AP ran out of negative weights
     plugin.detach()
+
+
+@pytest.mark.parametrize("page", ["pruners.md", "activations.md"])
+def test_the_python_of_other_pages_runs(page: str) -> None:
+    """Its model, data and optimizer are given here."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks, step, example_input = ap.Masks(model), 500, torch.rand(2, 8)
+    batches, loss_fn = [(torch.rand(16, 8), torch.randint(4, (16,)))], torch.nn.functional.cross_entropy
+    start = {name: masks.weight(name).detach() + 0.1 * torch.rand_like(masks.weight(name)) for name in masks}
+    x = torch.rand(4, 64)
+    namespace: dict[str, Any] = {**locals(), "ap": ap, "torch": torch}
+    found = [(text, line) for _, language, text, line in blocks(DOCS / page) if language == "python"]
+    assert found
+    for text, line in found:
+        exec(compile("\n" * line + text, page, "exec"), namespace)
