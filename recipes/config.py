@@ -282,6 +282,7 @@ class Experiment:
             raise ValueError("--finetune-epochs and --finetune-lr belong to --rewind none")
 
     def _check_names(self) -> None:
+        object.__setattr__(self, "model", models.resolve(self.model))
         if self.pruner not in pruners.names():
             raise unknown("pruner", self.pruner, pruners.names())
         if ":" not in self.model and self.model not in models.names():

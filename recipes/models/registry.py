@@ -97,6 +97,16 @@ def names() -> list[str]:
     return sorted(_entries)
 
 
+def resolve(name: str) -> str:
+    """`torchvision/NAME` as a factory, where NAME is another of torchvision's models than those registered here.
+
+    >>> resolve("torchvision/resnet18"), resolve("torchvision/convnext_tiny")
+    ('torchvision/resnet18', 'torchvision.models:convnext_tiny')
+    """
+    library, _, model = name.partition("/")
+    return f"torchvision.models:{model}" if library == "torchvision" and model and name not in _entries else name
+
+
 def default_activation(name: str) -> str | None:
     """The activation that the model `name` was published with; None for a factory, which chooses its own."""
     return None if ":" in name else _entry(name).activation
@@ -121,7 +131,7 @@ def create(
     number of channels. New weights are drawn for that activation, from torch's global generator. `weights` is
     a file of weights to start from instead: safetensors, or a state dictionary that torch saved. `options` are the
     model's own, such as `shortcut="B"` for the ResNets. `package.module:factory` calls a factory of one's own with
-    those of these arguments that it names.
+    those of these arguments that it names; `torchvision/NAME` is any of torchvision's classifiers.
 
     Raises ValueError for an unknown name, with the close ones, and for what the model cannot be built for.
 
@@ -135,6 +145,7 @@ def create(
     if not 0 < width <= 64:
         raise ValueError(f"{name}: width must be above 0 and at most 64, not {width!r}")
     params = dict(activation_params or {})
+    name = resolve(name)
     if ":" in name:
         model = call_factory(
             name,

@@ -309,6 +309,18 @@ def test_dnr_of_a_model(capsys, tmp_path):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_dnr_of_a_run_and_of_any_model_of_torchvisions(finished, capsys, tmp_path):
+    assert main(["dnr", str(finished / "lite-seed0"), "--split", "val", "--json", str(tmp_path / "r.json")]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    # On the very images that the run counted on, its last row's rate comes out again.
+    assert found["total"] == pytest.approx(metrics(finished)["lite-seed0"][-1]["dnr_total"], abs=1e-12)
+    assert (found["images"], found["cycle"], found["data"]) == (200, 2, "digits")
+    assert main(["dnr", str(finished / "lite-seed0"), "--activation", "gelu"]) == 2
+    assert "is a run: its weights, activation and data are its own" in capsys.readouterr().err
+    assert main(["dnr", "torchvision/resnet999"]) == 2
+    assert "has no 'resnet999': did you mean resnet" in capsys.readouterr().err
+
+
 def test_own_model_and_fine_tuning_from_a_checkpoint(tmp_path, monkeypatch, capsys):
     import torch
 
