@@ -1,5 +1,6 @@
-#!/usr/bin/env python3
 """Costs of the activations: forward + backward alone, and the step time and memory of a ResNet-20 in training.
+
+python scripts/bench_activations.py [--rounds 9] [--device cuda] [--json FILE]
 
 Alone, each is timed against the native activation that it is to be compared with (ReLU or SiLU). In the network, each
 is swapped in. On a CPU memory is what autograd keeps for the backward pass; on CUDA the peak of the allocator.
@@ -7,12 +8,11 @@ is swapped in. On a CPU memory is what autograd keeps for the backward pass; on 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from benchmark import compare, machine, save
+from benchmark import Row, aim, arguments, by_name, compare, machine, parse, save
 from torch import Tensor, nn
 
 from ap import activations
@@ -49,19 +49,20 @@ def training_pass(module: nn.Module, x: Tensor, compiled: bool) -> Callable[[], 
     return once
 
 
-def alone(size: int, device: str, rounds: int, compiled: bool) -> list[dict[str, object]]:
+def alone(size: int, device: str, rounds: int, compiled: bool, names: list[str]) -> list[Row]:
     """Forward + backward of each, on `size` elements."""
-    print(f"\nforward + backward alone, {size:,} elements, {'compiled' if compiled else 'eager'}")
     x = torch.randn(64, size // 64, device=device, requires_grad=True)
     candidates = {
         name: training_pass(activations.create(name).to(device), x.detach().clone().requires_grad_(), compiled)
-        for name in ALONE
+        for name in names
     }
-    rows = compare(candidates, "relu", rounds=rounds, device=device, repeats=10, warmup=3)
-    medians = {row["name"]: float(row["median_s"]) for row in rows}  # type: ignore[arg-type]
-    for name, (native, limit) in AGAINST.items():
-        print(f"  {name}: {medians[name] / medians[native]:.2f} × {native} (at most {limit:.0f} ×)")
-    return rows
+    setting = f"Forward + backward alone, {size:,} elements, {'compiled' if compiled else 'eager'}"
+    return compare(candidates, "relu", rounds=rounds, device=device, repeats=10, warmup=3, setting=setting)
+
+
+def times(rows: list[Row], name: str, native: str) -> float:
+    """How many times as long as a native activation one takes."""
+    return float(by_name(rows, name)["median_s"]) / float(by_name(rows, native)["median_s"])
 
 
 def network(name: str, device: str) -> nn.Module:
@@ -106,10 +107,23 @@ def peak(once: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def in_network(batch: int, device: str, rounds: int, compiled: bool) -> list[dict[str, object]]:
+def elements(model: nn.Module, images: Tensor) -> int:
+    """How many numbers all activations of a ResNet-20 put out."""
+    counted: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: counted.append(output.numel()))
+        for module in model.modules()
+        if isinstance(module, nn.ReLU)
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return sum(counted)
+
+
+def in_network(batch: int, device: str, rounds: int, compiled: bool) -> tuple[list[Row], dict[str, int]]:
     """Step time and memory of the ResNet-20."""
     cuda = device.startswith("cuda")
-    print(f"\nResNet-20, batch {batch}, forward + backward, {'compiled' if compiled else 'eager'}")
     images = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
     memory: dict[str, int] = {}
@@ -122,33 +136,56 @@ def in_network(batch: int, device: str, rounds: int, compiled: bool) -> list[dic
     for name in IN_NETWORK:
         model = network(name, device)
         steps[name] = step(torch.compile(model) if compiled else model, images, labels)  # type: ignore[arg-type]
-    rows = compare(steps, "relu", rounds=rounds, device=device)
-    print(f"  {'peak' if cuda else 'kept for the backward pass'}, MiB (ratio to relu):")
+    setting = f"ResNet-20, batch {batch}, forward + backward, {'compiled' if compiled else 'eager'}"
+    rows = compare(steps, "relu", rounds=rounds, device=device, setting=setting)
     for row in rows:
-        used = memory[str(row["name"])]
-        row["memory_bytes"] = used
-        print(f"  {row['name']!s:8} {used / 2**20:9.1f}  {used / memory['relu']:.3f}")
-    return rows
+        used = memory[row["name"]]
+        what = "peak" if cuda else "kept for the backward pass"
+        row["extra"] = {f"{what}, MiB": f"{used / 2**20:.1f}", "ratio to relu's": f"{used / memory['relu']:.3f}"}
+        print(f"{row['name']:10} {what}: {used / 2**20:9.1f} MiB, {used / memory['relu']:.3f} × relu's")
+    memory["elements"] = elements(network("relu", device), images)
+    return rows, memory
 
 
 def main() -> None:
-    """Runs both and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = arguments(__doc__, rounds=9)
     parser.add_argument("--size", type=int, default=2**20, help="elements of the activation alone")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
-    where = machine(options.device)
-    print(where)
+    parser.add_argument(
+        "--compile-network", action="store_true", help="the ResNet-20 compiled too, which takes minutes"
+    )
+    options = parse(parser)
+    names = ALONE
+    if options.quick:
+        options.size, options.batch = 2**14, 4
+        names = [name for name in ALONE if name in {*AGAINST, *(native for native, _ in AGAINST.values())}]
+    eager = alone(options.size, options.device, options.rounds, False, names)
+    compiled = alone(options.size, options.device, options.rounds, True, names)
+    rows, memory = in_network(options.batch, options.device, options.rounds, False)
+    if options.compile_network:
+        rows += in_network(options.batch, options.device, options.rounds, True)[0]
+    on_cpu = options.device == "cpu"
+    aims = []
+    for name, (native, limit) in AGAINST.items():
+        what = f"forward + backward of `{name}`, of `{native}`'s"
+        measured = times(eager, name, native) if on_cpu else None
+        aims.append(aim(f"{name}-eager", f"{what}, eager on a CPU", measured, limit, needs="it is one for a CPU"))
+        aims.append(aim(f"{name}-compiled", f"{what}, compiled (within 5 %)", times(compiled, name, native), 1.05))
+    room = memory["relu"] + memory["elements"]
+    what = "memory of a ResNet-20's training with"
+    aims += [
+        aim("smelu-memory", f"{what} `smelu`, of that with `relu`", memory["smelu"] / memory["relu"], 1.0),
+        aim("swish-memory", f"{what} `swish`, of that with `gelu`", memory["swish"] / memory["gelu"], 1.0),
+        aim("helu-memory", f"{what} `helu`, of that with `relu` and a byte an element", memory["helu"] / room, 1.0),
+    ]
     save(
         options.json,
-        machine=where,
-        compiled=options.compile,
-        alone=alone(options.size, options.device, options.rounds, options.compile),
-        resnet20=in_network(options.batch, options.device, options.rounds, options.compile),
+        title="Activations",
+        about="Each alone, and each in a ResNet-20 that is trained. Memory is what autograd keeps for the backward "
+        "pass (on CUDA the peak of the allocator).",
+        machine=machine(options.device),
+        rows=eager + compiled + rows,
+        aims=aims,
     )
 
 

@@ -133,7 +133,11 @@ def _by_setting(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _table(setting: str, rows: list[Row]) -> str:
     unit, reference = rows[0]["unit"], rows[0]["reference"]
-    compared, memory = len(rows) > 1 and reference is not None, any(row["peak_bytes"] is not None for row in rows)
+    # Rows that are each their own reference, or have none, are not held against each other.
+    compared, memory = (
+        len(rows) > 1 and all(row["reference"] == reference is not None for row in rows),
+        any(row["peak_bytes"] is not None for row in rows),
+    )
     extra = list(rows[0].get("extra", {}))
     heads = ["", f"median, {unit.replace('us', 'µs')}", "lowest … highest"]
     heads += [f"ratio to {reference}"] * compared + ["peak, MiB"] * memory + extra
