@@ -38,8 +38,8 @@ def main() -> None:
         model = create().to(options.device)
         masks = Masks(model)
         label = f"{name}, {masks.total / 1e6:.2f} M weights"
-        large = masks.total > 50_000_000
-        rows += measure(model, masks, label, options.device, min(options.rounds, 3) if large else options.rounds)
+        rounds = min(options.rounds, 2 if masks.total > 2e8 else 3 if masks.total > 5e7 else options.rounds)
+        rows += measure(model, masks, label, options.device, rounds)
         taken = float(by_name(rows, "pruners: magnitude", label)["median_s"])
         speed = bandwidth(options.device)
         what = f"{TRAFFIC} bytes a weight: weights and masks read to rank, read and written to zero"
