@@ -268,7 +268,8 @@ def check(config: Experiment) -> None:
 
 def load_data(config: Experiment) -> Any:
     """The experiment's data set."""
-    options: dict[str, Any] = {"download": config.download, "val": config.val}
+    share = config.val is None or config.val < 1
+    options: dict[str, Any] = {"download": config.download, "val": config.val if share else int(config.val or 0)}
     if config.data_is_folder:
         data = data_sets.load("folder", root=config.data, size=config.image_size, **options)
     else:

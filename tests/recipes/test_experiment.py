@@ -141,6 +141,10 @@ def test_more_seeds_and_arms_continue_an_experiment_and_fewer_do_not(finished, t
 
 def test_fewer_training_images(tmp_path, capsys):
     whole = experiment.load_data(Experiment())
+    assert len(experiment.load_data(Experiment(val=150)).val) == 150
+    assert len(experiment.load_data(Experiment(val=0.5)).val) == 700
+    with pytest.raises(ValueError, match="--val must be a share"):
+        Experiment(val=1.5)
     data = experiment.load_data(Experiment(train_images=100))
     assert len(data.train) == 100
     assert len(data.val) == len(whole.val) == 200
