@@ -267,7 +267,9 @@ class Experiment:
             raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --accumulate {self.accumulate}")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ValueError("--nesterov needs --optimizer sgd and a momentum")
-        if self.val is not None and not (0 <= self.val < 1 or (1 <= self.val < math.inf and float(self.val).is_integer())):
+        if self.val is not None and not (
+            0 <= self.val < 1 or (1 <= self.val < math.inf and float(self.val).is_integer())
+        ):
             raise ValueError(f"--val must be a share in [0, 1) or a number of images, not {self.val}")
         if self.milestones and self.schedule != "steps":
             raise ValueError(f"--milestones belong to --schedule steps, not {self.schedule}")
