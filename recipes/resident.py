@@ -114,6 +114,7 @@ class Resident:
         self._hold(images)
         self.mean = torch.tensor(data.mean, device=device)
         self.scale = 1 / torch.tensor(data.std, device=device)
+        self.mean_row, self.scale_row = self.mean.repeat(self.size), self.scale.repeat(self.size)
         self.range = torch.arange(self.size, device=device)
         self.middles = (2 * self.range + 1) / self.size - 1  # of the pixels, the image reaching from −1 to 1
 
@@ -181,12 +182,15 @@ class Resident:
 
     def _drawn(self, images: Tensor, index: Tensor, *drawn: Tensor) -> Tensor:
         if self.augment != "crop-flip":
-            pixels = images[index]
+            pixels = images.index_select(0, index)
         else:
             top, left, mirrored = drawn[0]
-            rows = top[:, None] + self.range
+            height, width, channels = images.shape[1:]
+            rows = index[:, None] * height + top[:, None] + self.range
             columns = torch.where(mirrored[:, None] == 1, self.size - 1 - self.range, self.range) + left[:, None]
-            pixels = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+            # On a CPU a third of the time that images[index, rows, columns] takes.
+            places = (rows[:, :, None] * width + columns[:, None, :]).flatten()
+            pixels = images.view(-1, channels).index_select(0, places).view(-1, self.size, self.size, channels)
         found = self._normalised(pixels)
         if self.augment == "resized-crop":
             found = self._stretched(found, drawn[0])
@@ -222,4 +226,9 @@ class Resident:
             yield self.plain(slice(start, min(start + size, count)))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        return pixels.float().sub_(self.mean).mul_(self.scale).permute(0, 3, 1, 2)
+        count, height, width, channels = pixels.shape
+        found = pixels.float().contiguous()
+        # A row of pixels at a time: to spread three numbers over the last axis takes a CPU ten times as long.
+        rows = found.view(count, height, width * channels)
+        rows.sub_(self.mean if channels == 1 else self.mean_row).mul_(self.scale if channels == 1 else self.scale_row)
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)
