@@ -16,7 +16,7 @@ THREE, FIVE = round(1 - 0.8**3, 3), round(1 - 0.8**5, 4)  # p of a cycle that st
 DECAY = 5e-4
 PRUNERS = ("magnitude", "gradient", "lamp", "lookahead", "synflow")
 ARMS = ("none", "lite", "pro", "pro:pruner")
-CHOSEN = "most-waking"  # what the rule of the plan `criteria` picked
+CHOSEN = "least-moved"  # what the rule of the plan `criteria` picked
 FRESH = 1000  # the first of the seeds that nothing was chosen on
 
 MLP = Experiment(
@@ -92,7 +92,9 @@ class Plan:
 def _grid() -> dict[str, Experiment]:
     base = replace(SMALL_MLP, ap=ARMS)
     return {
-        f"grid-{pruner}-{'decay' if decay else 'no-decay'}": replace(base, pruner=pruner, weight_decay=decay)
+        f"grid-{pruner}-{'decay' if decay else 'no-decay'}": replace(
+            base, pruner=pruner, weight_decay=decay, seeds=10 if (pruner, decay) == ("magnitude", 0.0) else 3
+        )
         for pruner in PRUNERS
         for decay in (0.0, DECAY)
     }
@@ -139,13 +141,15 @@ PLANS: dict[str, Plan] = {
             "Headline cells, magnitude pruning: LeNet-300-100 on all of Fashion-MNIST with and without weight decay "
             "(ten seeds), a ResNet-20 of half width with BatchNorm and a VGG-11 of an eighth of the width without, "
             "on 10,000 CIFAR-10 images (six seeds each). Grid: five pruners × none, lite, pro, pro:pruner × with and "
-            "without weight decay, LeNet-300-100 on 10,000 Fashion-MNIST images (three seeds: a first look only). "
-            "Primary outcome: test accuracy at the last density, lite against none and pro against pro:pruner, "
-            "paired by seed. AP helps in a cell if the paired t-test survives Holm's correction over its table; it "
-            "is equivalent if two one-sided tests place the difference within ±0.5 points. The last epoch counts. "
-            "Nothing is tuned for an arm: learning rates were set on the dense network.",
+            "without weight decay, LeNet-300-100 on 10,000 Fashion-MNIST images (three seeds: a first look only; ten "
+            "for magnitude without decay, which is where pro is judged). Primary outcome: test accuracy at the last "
+            "density, lite against none and pro against pro:pruner, paired by seed. AP helps in a cell if the paired "
+            "t-test survives Holm's correction over its table; it is equivalent if two one-sided tests place the "
+            "difference within ±0.5 points. The last epoch counts. Nothing is tuned for an arm: learning rates were "
+            "set on the dense network. The arm least-moved came to the headline after the plan `criteria` had picked "
+            "it, before any headline run of it.",
             {
-                "headline-mlp": replace(MLP, ap=ARMS, seeds=10, cycles=6),
+                "headline-mlp": replace(MLP, ap=("none", "lite", f"lite:{CHOSEN}"), seeds=10, cycles=6),
                 "headline-mlp-decay": replace(MLP, ap=("none", "lite"), seeds=10, cycles=6, weight_decay=DECAY),
                 "headline-resnet": replace(RESNET, seeds=6),
                 "headline-vgg": replace(VGG, seeds=6),
@@ -165,11 +169,16 @@ PLANS: dict[str, Plan] = {
             "densities is the highest; that one and AP's are then run against none with ten fresh seeds on another "
             "data set and network (a small CNN on 10,000 CIFAR-10 images). It beats AP if it does so there, p < 0.05 "
             "after Holm's correction, at the last density. Across criteria: the correlation of the change in "
-            "accuracy with the change in dead-neuron rate.",
+            "accuracy with the change in dead-neuron rate. Least-moved-positive, which leaves more neurons dead, "
+            "joined the confirmation as a third arm after the first runs, before the confirmation's.",
             {
                 **_criteria(),
                 "confirm-cnn": replace(
-                    CNN, ap=("none", "lite", f"lite:{CHOSEN}"), seeds=10, first_seed=FRESH, monitor_every=0
+                    CNN,
+                    ap=("none", "lite", f"lite:{CHOSEN}", "lite:least-moved-positive"),
+                    seeds=10,
+                    first_seed=FRESH,
+                    monitor_every=0,
                 ),
             },
         ),
