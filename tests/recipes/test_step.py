@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ap import DNRMonitor, Masks
-from recipes import engine as engines
+from recipes import training as trainings
 from recipes.config import Experiment
 from recipes.data import load
 from recipes.engine import Engine
@@ -69,7 +69,7 @@ class Trainer:
         )
         self.engine = Engine(config, DATA, seed=1)
         if replayed:
-            monkeypatch.setattr(engines, "CapturedStep", Replayed)
+            monkeypatch.setattr(trainings, "CapturedStep", Replayed)
             self.engine.captured = True
         torch.manual_seed(0)
         self.model = self.engine.prepare(Net())
@@ -188,7 +188,7 @@ def test_a_step_in_parts_is_nearly_the_whole_step(monkeypatch, parts):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
         engine = Engine(Experiment(batch_size=80), DATA, 0)
-        step = engines.Step(
+        step = trainings.Step(
             model,
             lambda x, model=model: model(x.double()),
             torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),

@@ -161,6 +161,28 @@ def test_a_training_that_is_saved_goes_on_to_the_same_bits(name, save_at):
         assert torch.equal(tensor, fresh.state_dict()[key]), key
 
 
+def test_deterministic_mode_is_reproducible_to_the_bit_with_everything_on():
+    found = []
+    try:
+        for stray in (1, 2):
+            model = network(norm=True)
+            torch.manual_seed(stray)
+            training = train(model, half_dead(model), augment="crop-flip", deterministic=True, **OPTIONS["all"])
+            found.append((training.last_loss, model.state_dict()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+def test_after_a_training_a_pruner_draws_the_same_whatever_the_training_drew():
+    draws = []
+    for norm in (False, True):  # with dropout or without
+        train(network(norm=norm), epochs=1)
+        draws.append(torch.rand(4))
+    assert torch.equal(*draws)
+
+
 def test_dropout_draws_other_numbers_in_the_retraining_and_in_each_cycle():
     engine = Engine(Experiment(**BASE), DATA, 0)
     draws = []
