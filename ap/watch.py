@@ -51,6 +51,11 @@ class _Watched:
         self.step += 1
         return True
 
+    def log(self) -> None:
+        """Writes the window since the last one, to the disk at once: a job may be killed at any time."""
+        self.monitor.log(self.writer, self.step)
+        self.writer.flush()
+
 
 def _say(line: str) -> None:
     print(f"ap watch: {line}", file=sys.stderr, flush=True)
@@ -103,7 +108,7 @@ class Watcher:
             return
         for one in watched:
             if one.count(optimizer) and one.step % self.log_every == 0:
-                self._guard(lambda one=one: one.monitor.log(one.writer, one.step))  # type: ignore[misc]
+                self._guard(one.log)
 
     def _guard(self, action: Callable[[], None]) -> None:
         """What fails here must not end the training that is watched."""
@@ -163,7 +168,7 @@ class Watcher:
     def _close(self, watched: _Watched) -> None:
         watched.monitor.detach()
         try:
-            watched.monitor.log(watched.writer, watched.step)
+            watched.log()
             report = watched.monitor.report()
         except ValueError as error:
             _say(f"{watched.name}: {error}")
