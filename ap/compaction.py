@@ -271,7 +271,10 @@ def fit_(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     own = model.state_dict()
     added = [name for name in state if name not in own]
     odd = [name for name in own if name not in state] + [n for n in added if not _can_have_bias(model, n)]
-    odd += [name for name in state if name in own and state[name].dim() != own[name].dim()]
+    for name in own.keys() & state.keys():
+        given, held = state[name].shape, own[name].shape
+        if len(given) != len(held) or any(a > b for a, b in zip(given, held, strict=True)):
+            odd.append(name)
     if odd:
         raise ValueError(f"this state is of another architecture than {type(model).__name__}: {', '.join(odd[:5])}")
     for path, module in model.named_modules():

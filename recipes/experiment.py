@@ -39,12 +39,14 @@ from recipes.storage import (
     locked,
     read_json,
     read_rows,
+    refuse_links,
     sha256,
     state_errors,
     write_json,
     write_rows,
 )
 
+MOST = {"threads": 1024, "seed": 2**63}  # what the configuration of an experiment allows
 SAVE_EVERY_S = 20.0  # a checkpoint in the middle of a training, at the end of an epoch, at most this often
 Say = Callable[[dict[str, Any]], None]
 
@@ -90,13 +92,13 @@ def prepare(config: Experiment, out: Path, side_by_side: int | None = None) -> i
     """
     path = out / "experiment.json"
     if path.exists():
-        saved, before = read_json(path), load(out)
+        before, threads = _saved(path, "threads")
         odd = differences(before.to_dict(), config.to_dict())
         if odd and not _grows(before, config):
             raise FolderError(f"{out} holds another experiment ({'; '.join(odd)}): choose another --out")
         if odd:
-            write_json(path, {**saved, "experiment": config.to_dict()})
-        return int(saved["threads"])
+            write_json(path, {"schema": SCHEMA, "experiment": config.to_dict(), "threads": threads})
+        return threads
     if out.exists() and any(child.name != ".lock" for child in out.iterdir()):
         raise FolderError(f"{out} is not empty, and not the folder of an experiment: choose another --out")
     if side_by_side is None:
@@ -118,13 +120,22 @@ def _cores() -> int:
 
 def load(out: Path) -> Experiment:
     """The configuration of the experiment in a folder."""
-    saved = read_json(out / "experiment.json")
+    return _saved(out / "experiment.json", "threads")[0]
+
+
+def _saved(path: Path, key: str) -> tuple[Experiment, int]:
+    """The configuration in a file, and the number that stands beside it under a key."""
+    saved = read_json(path)
     if saved.get("schema") != SCHEMA:
-        raise FolderError(f"{out}: written by another version (schema {saved.get('schema')}, not {SCHEMA})")
+        raise FolderError(f"{path.parent}: written by another version (schema {saved.get('schema')}, not {SCHEMA})")
     try:
-        return Experiment.from_dict(dict(saved["experiment"]))
+        config = Experiment.from_dict(dict(saved["experiment"]))
     except (LookupError, TypeError, AttributeError) as error:
-        raise FolderError(f"{out / 'experiment.json'} is damaged: {type(error).__name__} {error}") from None
+        raise FolderError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    number = saved.get(key)
+    if type(number) is not int or not 0 <= number <= MOST[key]:
+        raise FolderError(f"{path} is damaged: {key} is {number!r}")
+    return config, number
 
 
 def refuse_code_inside(out: Path, config: Experiment) -> None:
@@ -159,7 +170,7 @@ def check_rows(path: Path, found: list[dict[str, Any]]) -> None:
     for number, row in enumerate(found):
         where = f"{path}, line {number + 1}, is damaged"
         for key in ("cycle", "alive"):
-            if type(row.get(key)) is not int:
+            if type(row.get(key)) is not int or not _is_number(row[key]):
                 raise FolderError(f"{where}: {key} is {row.get(key)!r}")
         if row["cycle"] != number:
             raise FolderError(f"{where}: cycle {row['cycle']} follows {number - 1}")
@@ -175,7 +186,8 @@ def check_rows(path: Path, found: list[dict[str, Any]]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether statistics can be made of it: Python reads whole numbers of thousands of digits, which overflow there."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def is_finished(out: Path, job: Job) -> bool:
@@ -192,7 +204,7 @@ def is_done(out: Path, job: Job) -> bool:
         digest = read_json(out / job.name / "done.json").get("sha256")
         if digest is None or digest == sha256(metrics):
             return True
-    except (FolderError, FileNotFoundError):
+    except (ValueError, FileNotFoundError):
         pass
     warnings.warn(f"{metrics} is damaged: it is restored from the last checkpoint", stacklevel=2)
     return False
@@ -317,16 +329,22 @@ def rehearse(config: Experiment, data: Any) -> None:
 
 def last_network(folder: Path) -> tuple[Experiment, Any, nn.Module, dict[str, Any]]:
     """The last trained network of a run that is done: its configuration, data, the model, and its row."""
-    saved = read_json(folder / "config.json")
+    config, seed = _saved(folder / "config.json", "seed")
     if not (folder / "done.json").exists():
         raise FolderError(f"{folder} is not done yet: python -m recipes resume {folder.parent}")
-    config = Experiment.from_dict(saved["experiment"])
+    refuse_code_inside(folder.parent, config)
     state = Checkpoints(folder / "checkpoints").latest()
     if state is None:
         raise FolderError(f"{folder} has no checkpoint that can be read")
     data = load_data(config)
-    model = fit_(build(config, data, int(saved["seed"])), state["model"])
-    return config, data, model, read_rows(folder / "metrics.jsonl")[-1]
+    model = build(config, data, seed)
+    with state_errors(folder / "checkpoints"):
+        fit_(model, state["model"])
+    rows = read_rows(folder / "metrics.jsonl")
+    check_rows(folder / "metrics.jsonl", rows)
+    if not rows:
+        raise FolderError(f"{folder / 'metrics.jsonl'} is empty")
+    return config, data, model, rows[-1]
 
 
 @contextmanager
@@ -382,6 +400,7 @@ def run(config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[
 
 
 def _take(folder: Path, config: Experiment, job: Job, held: ExitStack) -> None:
+    refuse_links(folder, folder / "checkpoints", folder / "tensorboard")
     # The experiment's folder is ours: a worker of a killed parent is just ending.
     held.enter_context(locked(folder, patience_s=30))
     if not (folder / "config.json").exists():

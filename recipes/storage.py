@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import stat
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from recipes.tensors import load_tensors
 
+LIMIT = 1 << 30  # bytes of a file of JSON; the largest there can be, 10,000 rows with hundreds of layers, has a third
 KEPT = 2  # checkpoints: the latest, and the one before in case that one is damaged
 
 
@@ -87,7 +90,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def parse(text: str) -> dict[str, Any]:
     """One JSON object; ValueError for anything else, numbers that are not finite included."""
     try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict):
@@ -95,12 +98,39 @@ def parse(text: str) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(text: str) -> None:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_constant(text)  # 1e999 is infinite in Python
+
+
+def _text(path: Path) -> str:
+    _refuse_endless(path)
+    return path.read_text(encoding="utf-8")
+
+
+def _refuse_endless(path: Path) -> None:
+    """ValueError for what is no plain file of a size that makes sense: a link may lead to a device without end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a file")
+    if status.st_size > LIMIT:
+        raise ValueError(f"it has {status.st_size:,} bytes, more than any of its kind")
+
+
+def refuse_links(*folders: Path) -> None:
+    """FolderError where one of these is a link: in a stranger's folder it could lead what is written anywhere."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise FolderError(f"{folder} is a link, which is not followed: put a folder in its place")
+
+
 def sha256(path: Path) -> str:
-    """A file's checksum."""
+    """A file of JSON's checksum; ValueError where it cannot be one."""
+    _refuse_endless(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -108,7 +138,7 @@ def sha256(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """One JSON object; FolderError where it is missing or not that."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(_text(path))
     except FileNotFoundError:
         raise FolderError(f"{path} is missing: {path.parent} is not the folder of an experiment") from None
     except ValueError as error:
@@ -119,7 +149,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """JSON lines; FolderError where the file is missing or a line is not JSON."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _text(path).splitlines()
     except FileNotFoundError:
         raise FolderError(f"{path} is missing") from None
     except ValueError as error:
@@ -146,7 +176,13 @@ def locked(folder: Path, patience_s: float = 2.0, alone: bool = True) -> Iterato
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with open(path, "a+", encoding="utf-8") as file:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FolderError(f"{path} is a link, and locking would overwrite what it leads to: remove it") from None
+        raise
+    with os.fdopen(handle, "r+", encoding="utf-8") as file:
         end = time.monotonic() + patience_s
         while True:
             try:
@@ -162,7 +198,7 @@ def locked(folder: Path, patience_s: float = 2.0, alone: bool = True) -> Iterato
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
-        inside = folder.glob("*/.*.part") if alone else ()
+        inside = [path for path in folder.glob("*/.*.part") if alone and not path.parent.is_symlink()]
         for left in [*folder.glob(".*.part"), *inside]:  # by a process that was killed
             left.unlink(missing_ok=True)
         yield
@@ -204,7 +240,7 @@ class Checkpoints:
         numbers = self._numbers()
         number = numbers[-1] + 1 if numbers else 1
         write_whole(self.folder / f"{number:06d}.pt", content)
-        digest = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        digest = {"schema": 1, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         write_json(self.folder / f"{number:06d}.json", digest)
         for old in numbers[: len(numbers) + 1 - KEPT]:
             for suffix in (".json", ".pt"):
@@ -227,7 +263,10 @@ class Checkpoints:
 
     def _read(self, number: int) -> dict[str, Any]:
         digest = read_json(self.folder / f"{number:06d}.json")
-        content = (self.folder / f"{number:06d}.pt").read_bytes()
+        path = self.folder / f"{number:06d}.pt"
+        if not path.is_file() or path.stat().st_size != digest.get("bytes"):
+            raise ValueError("it is not of the size that was written")
+        content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest.get("sha256"):
             raise ValueError("its checksum is wrong")
         state = load_tensors(content)

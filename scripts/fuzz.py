@@ -68,6 +68,7 @@ ODD = (
     0.5,
     1e308,
     10**30,
+    10**400,
     "",
     "a",
     "../../x",
@@ -384,7 +385,7 @@ def target_config(folder: Path) -> tuple[Target, list[bytes]]:
     from recipes.config import Experiment
 
     path = folder / "experiment.json"
-    good = {"schema": 1, "experiment": Experiment(ap=("none", "pro:pruner")).to_dict()}
+    good = {"schema": 1, "threads": 1, "experiment": Experiment(ap=("none", "pro:pruner")).to_dict()}
 
     def test(data: bytes) -> None:
         path.write_bytes(mutated(good, data))
@@ -395,7 +396,7 @@ def target_config(folder: Path) -> tuple[Target, list[bytes]]:
         assert Experiment.from_dict(config.to_dict()) == config
 
     variants = ({}, {"ap": ("none", "lite:random", "pro:pruner"), "schedule": "steps", "milestones": ("2ep", "500it")})
-    return test, [json.dumps({"schema": 1, "experiment": Experiment(**v).to_dict()}).encode() for v in variants]
+    return test, [json.dumps({**good, "experiment": Experiment(**v).to_dict()}).encode() for v in variants]
 
 
 def target_experiment(folder: Path) -> tuple[Target, list[bytes]]:

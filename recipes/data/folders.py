@@ -58,7 +58,7 @@ def _images(folder: Path) -> list[Path]:
     # Tiny-ImageNet as published has one more level: train/<class>/images/*.
     inner = folder / "images"
     with os.scandir(inner if inner.is_dir() else folder) as entries:
-        found = sorted(entry.path for entry in entries if entry.name.lower().endswith(EXTENSIONS))
+        found = sorted(e.path for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file())
     if not found:
         raise DataError(f"no image in {folder} (of the kinds {', '.join(EXTENSIONS)})")
     return [Path(path) for path in found]

@@ -130,18 +130,26 @@ def read_pack(path: Path, source: str | None = None) -> Whole | None:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if path.stat().st_size <= CHECKED_UP_TO:
-            for name, expected in json.loads(about["crc32"]).items():
-                if zlib.crc32(tensors[name].numpy().data) != int(expected, 16):
+            checksums = json.loads(about["crc32"])
+            for name, tensor in tensors.items():
+                if zlib.crc32(tensor.numpy().data) != int(checksums[name], 16):
                     raise DamagedPackError(f"{path} is damaged: the checksum of {name} is not the one written")
         classes = tuple(json.loads(about["classes"]))
+        if not classes or not all(isinstance(name, str) for name in classes):
+            raise DamagedPackError(f"{path} is damaged: the classes have no names")
         train, test = (ImageSet(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in ("train", "test"))
         for part in (train, test):
-            if part.images.dtype != torch.uint8 or part.images.ndim != 4 or len(part.images) != len(part):
+            images, labels = part.images, part.labels
+            fit = images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.ndim == 4 and labels.ndim == 1
+            if not fit or len(images) != len(labels) or images.shape[1:] != train.images.shape[1:]:
                 raise DamagedPackError(f"{path} is damaged: images and labels do not belong together")
             if len(part) and not 0 <= int(part.labels.min()) <= int(part.labels.max()) < len(classes):
                 raise DamagedPackError(f"{path} is damaged: a label is not one of {len(classes)} classes")
-        return Whole(classes, train, tensors["train.moments"].numpy(), test)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        sums = tensors["train.moments"]
+        if sums.dtype != torch.int64 or sums.shape != (len(train), train.images.shape[1], 2):
+            raise DamagedPackError(f"{path} is damaged: its images' moments are not theirs")
+        return Whole(classes, train, sums.numpy(), test)
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, DamagedPackError):
             raise
         raise DamagedPackError(f"{path} is damaged: {error}") from error
@@ -173,6 +181,7 @@ def locked(path: Path) -> Iterator[None]:
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)  # a link could lead anywhere
+    with os.fdopen(handle, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file gives the lock back, and so does the end of the process

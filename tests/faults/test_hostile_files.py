@@ -190,7 +190,7 @@ def test_an_experiment_does_not_bring_its_own_code(tmp_path, monkeypatch, capsys
 
     (tmp_path / "brought_along.py").write_text("open('it-ran', 'w')\ndef net(num_classes=10): ...\n")
     config = Experiment(model="brought_along:net", seeds=1, device="cpu")
-    experiment.write_json(tmp_path / "experiment.json", {"schema": 1, "experiment": config.to_dict()})
+    experiment.write_json(tmp_path / "experiment.json", {"schema": 1, "threads": 1, "experiment": config.to_dict()})
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for out in (".", str(tmp_path)):
@@ -218,3 +218,234 @@ def test_absurd_numbers_are_refused_before_memory_is_taken(setting, memory):
 
     with pytest.raises(ValueError, match="or less, not"):
         Experiment(**setting)
+
+
+def finished_run(out):
+    """A folder as `run` leaves it, of one run that has come to its end; small and made by hand."""
+    from recipes import experiment
+    from recipes.config import Experiment
+    from recipes.storage import Checkpoints, sha256, write_json, write_rows
+
+    config = Experiment(
+        model="lenet-300-100",
+        data="digits",
+        ap=("none",),
+        pruner="magnitude",
+        cycles=0,
+        epochs=1,
+        seeds=1,
+        device="cpu",
+    )
+    experiment.prepare(config, out)
+    run = out / "none-seed0"
+    write_json(run / "config.json", {"schema": 1, "arm": "none", "seed": 0, "experiment": config.to_dict()})
+    model = experiment.build(config, load("digits"), 0)
+    Checkpoints(run / "checkpoints").save({"model": model.state_dict(), "loop": {}, "training": None})
+    write_rows(run / "metrics.jsonl", [{"cycle": 0, "alive": 10, "total": 10, "density": 1.0, "accuracy": 0.5}])
+    write_json(run / "done.json", {"schema": 1, "rows": 1, "sha256": sha256(run / "metrics.jsonl")})
+    return out
+
+
+def test_the_run_made_by_hand_is_a_good_one(tmp_path):
+    from recipes import experiment
+    from recipes.cli import main
+
+    out = finished_run(tmp_path / "x")
+    assert main(["compare", str(out)]) == main(["resume", str(out), "--quiet"]) == 0
+    assert experiment.last_network(out / "none-seed0")[3]["accuracy"] == 0.5
+
+
+def test_a_link_in_place_of_a_lock_does_not_empty_what_it_leads_to(tmp_path, capsys):
+    from recipes.cli import main
+
+    out = finished_run(tmp_path / "x")
+    (tmp_path / "precious").write_text("precious")
+    (out / ".lock").symlink_to(tmp_path / "precious")
+    assert main(["resume", str(out), "--quiet"]) == 2
+    assert ".lock is a link" in capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_link_in_place_of_a_packs_lock_is_not_followed(tmp_path):
+    from recipes.data.packs import locked
+
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / ".lock"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("linked", ["", "checkpoints", "tensorboard"])
+def test_a_run_does_not_write_through_links(tmp_path, linked):
+    """Unpacked from a stranger's archive, `none-seed0` leads to the user's own folder."""
+    from recipes import experiment, storage
+
+    out = tmp_path / "x"
+    config = experiment.load(finished_run(tmp_path / "y"))
+    experiment.prepare(config, out)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".mine.part").write_text("mine")
+    place = out / "none-seed0" / linked if linked else out / "none-seed0"
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(elsewhere, target_is_directory=True)
+    job = experiment.jobs(config)[0]
+    with storage.locked(out), pytest.raises(storage.FolderError, match=f"{place} is a link, which is not followed"):
+        experiment.run(config, out / job.name, job, experiment.say_nothing, lambda: False)
+    assert [path.name for path in elsewhere.iterdir()] == [".mine.part"]
+
+
+@pytest.mark.parametrize("name", ["experiment.json", "none-seed0/metrics.jsonl", "none-seed0/done.json"])
+@pytest.mark.parametrize("kind", ["endless", "pipe", "folder", "large"])
+def test_files_without_end_are_not_read(tmp_path, memory, capsys, name, kind):
+    import os
+
+    from recipes.cli import main
+
+    out = finished_run(tmp_path / "x")
+    (out / name).unlink()
+    if kind == "endless":
+        (out / name).symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(out / name)
+    elif kind == "folder":
+        (out / name).mkdir()
+    else:
+        with open(out / name, "wb") as file:
+            file.truncate(1 << 40)  # takes no space on the disk
+    before = peak()
+    assert main(["compare", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "is damaged" in said or "is missing" in said
+    assert str(out) in said
+    assert peak() - before < 64 << 20
+
+
+def test_a_checkpoint_of_another_size_is_not_read(tmp_path, memory):
+    from recipes.storage import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"model": {}, "loop": {}, "training": None})
+    (tmp_path / "000001.pt").unlink()
+    (tmp_path / "000001.pt").symlink_to("/dev/zero")
+    with pytest.warns(UserWarning, match="damaged .it is not of the size that was written"):
+        assert checkpoints.latest() is None
+
+
+def test_numbers_that_no_statistics_can_hold(tmp_path):
+    from recipes import experiment
+    from recipes.storage import FolderError, parse
+
+    for text in ('{"a": 1e999}', '{"a": -1e999}', '{"a": Infinity}', '{"a": NaN}'):
+        with pytest.raises(ValueError, match="is not a number"):
+            parse(text)
+    out = finished_run(tmp_path / "x")
+    path = out / "none-seed0" / "metrics.jsonl"
+    for value in (10**400, -(10**30), "1" * 5000):
+        (out / "none-seed0" / "done.json").unlink(missing_ok=True)
+        path.write_text(f'{{"cycle": 0, "alive": 10, "accuracy": {value}}}\n')
+        with pytest.raises(FolderError, match="is damaged"):
+            experiment.rows(out, experiment.load(out))
+
+
+@pytest.mark.parametrize("threads", [10**9, -1, None, "1", 1.5, True])
+def test_threads_of_a_strangers_experiment(tmp_path, capsys, threads):
+    from recipes import experiment
+    from recipes.cli import main
+    from recipes.storage import read_json
+
+    out = finished_run(tmp_path / "x")
+    saved = read_json(out / "experiment.json")
+    experiment.write_json(out / "experiment.json", {**saved, "threads": threads})
+    assert main(["resume", str(out), "--quiet"]) == 2
+    assert f"experiment.json is damaged: threads is {threads!r}" in capsys.readouterr().err
+
+
+def test_an_export_does_not_run_code_that_the_experiment_brings(tmp_path, monkeypatch):
+    from recipes import experiment
+    from recipes.storage import FolderError, read_json
+
+    out = finished_run(tmp_path / "x")
+    (out / "brought_too.py").write_text("open('it-ran', 'w')\ndef net(num_classes=10): ...\n")
+    saved = read_json(out / "none-seed0" / "config.json")
+    saved["experiment"]["model"] = "brought_too:net"
+    experiment.write_json(out / "none-seed0" / "config.json", saved)
+    monkeypatch.chdir(out)
+    monkeypatch.syspath_prepend(str(out))
+    with pytest.raises(FolderError, match="code in the experiment's own folder"):
+        experiment.last_network(out / "none-seed0")
+    assert not (out / "it-ran").exists()
+
+
+def test_a_checkpoint_cannot_make_layers_larger(tmp_path, memory):
+    """A tensor of one number can claim any shape; layers would be made to fit it."""
+    from recipes import experiment
+    from recipes.storage import Checkpoints, FolderError
+
+    out = finished_run(tmp_path / "x")
+    checkpoints = Checkpoints(out / "none-seed0" / "checkpoints")
+    state = checkpoints.latest()
+    name = next(name for name in state["model"] if name.endswith("weight"))
+    state["model"][name] = torch.zeros(1).expand(2**20, 2**20)
+    checkpoints.save(state)
+    with pytest.raises(FolderError, match=rf"is whole, but does not fit this run .*another architecture.*{name}"):
+        experiment.last_network(out / "none-seed0")
+
+
+def test_a_pack_with_an_odd_header(tmp_path):
+    """Its sizes fit and its checksums are right, but what they belong to is not a data set."""
+    import json
+
+    from recipes.data.packs import DamagedPackError, Part, Parts, read_pack, write_pack
+
+    path = tmp_path / "x.safetensors"
+    part = Part.of(np.zeros((4, 1, 2, 2), np.uint8), np.array([0, 1, 0, 1]))
+    write_pack(path, Parts(("a", "b"), part, part), "here")
+    assert len(read_pack(path).test) == 4
+    good = path.read_bytes()
+    length = int.from_bytes(good[:8], "little")
+    header, body = json.loads(good[8 : 8 + length]), good[8 + length :]
+    about = header["__metadata__"]
+    deep = "[" * 100_000 + "]" * 100_000
+    changes = [{"__metadata__": {**about, key: text}} for key in ("classes", "crc32") for text in ("3", "[]", deep, "")]
+    changes += [{"__metadata__": {**about, "classes": "[1, 2]"}}, {"__metadata__": {**about, "crc32": "{}"}}]
+    changes += [
+        {"train.labels": {**header["train.labels"], "dtype": "F64"}},
+        {"train.moments": {**header["train.moments"], "shape": [1, 4, 2]}},
+        {"test.images": {**header["test.images"], "shape": [4, 4, 1, 1]}},
+        {"test.images": {**header["test.images"], "shape": [4, 4]}},
+    ]
+    for change in changes:
+        text = json.dumps({**header, **change}).encode()
+        text += b" " * (-len(text) % 8)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+        with pytest.raises(DamagedPackError, match=r"x.safetensors"):
+            read_pack(path)
+
+
+def test_a_pipe_among_images_is_passed_over(tmp_path):
+    """Opening it would wait for ever."""
+    import os
+
+    from PIL import Image
+
+    for place in ("train/ant", "val/ant"):
+        (tmp_path / place).mkdir(parents=True)
+        os.mkfifo(tmp_path / place / "0.png")
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "1.png")
+    assert len(load("folder", root=tmp_path, size=8, val=0).train) == 1
+
+
+def test_an_image_that_unpacks_to_more_than_any_photograph(tmp_path, memory):
+    from PIL import Image
+
+    from recipes.data.folders import read_image
+
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    assert path.stat().st_size < 1 << 20
+    before = peak()
+    with pytest.raises(DataError, match=r"bomb.png cannot be read as an image: Image size .* exceeds limit"):
+        read_image(path, 8)
+    assert peak() - before < 64 << 20
