@@ -17,8 +17,8 @@ def build(request: Request, model: str, published: str) -> nn.Module:
     """torchvision's `model`, with its initial weights; another activation than the `published` one is swapped in.
 
     The convolutional networks then get weights for it. A vision transformer keeps its own: LayerNorm sets the scale.
-    Only its classifier, which torchvision starts at zero, is drawn (deviation 0.02): at zero it would hide all other
-    layers from every score that is a gradient, and be no weight to prune itself.
+    Only its classifier, which torchvision starts at zero, is drawn: at zero it would hide all other layers from every
+    score that is a gradient, and be the first to go where magnitudes are compared.
     """
     from torchvision import models
 
@@ -35,7 +35,7 @@ def build(request: Request, model: str, published: str) -> nn.Module:
         request.at_least(32, "five halvings")
     made = models.get_model(model, weights=None, num_classes=request.num_classes, **options)
     if model.startswith("vit"):
-        nn.init.trunc_normal_(made.heads.head.weight, std=0.02)
+        nn.init.trunc_normal_(made.heads.head.weight, std=made.heads.head.in_features**-0.5)
     if request.activation_name != published or request.activation_params:
         ap.activations.swap(made, request.activation_name, **request.activation_params)
         if not model.startswith("vit"):

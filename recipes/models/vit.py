@@ -67,7 +67,10 @@ class SmallViT(nn.Module):
         self._initialise(ap.init.gain(request.activation_name, **request.activation_params))
 
     def _initialise(self, gain: float) -> None:
-        """Unit variance in each branch: LayerNorm begins it, so that only `fc2` has the activation before it."""
+        """Unit variance in each branch: LayerNorm begins it, so that only `fc2` has the activation before it.
+
+        The classifier too: started near zero, as usual, it would be the first to go where magnitudes are compared.
+        """
         nn.init.trunc_normal_(self.position, std=0.02)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -75,7 +78,6 @@ class SmallViT(nn.Module):
                 nn.init.normal_(module.weight, std=scale / module.weight[0].numel() ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.fc.weight, std=0.02)  # a classifier that starts undecided
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.position  # [N, T, D]
