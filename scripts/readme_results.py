@@ -1,10 +1,12 @@
-"""Writes an experiment's table, sentence and figure into the README, between its markers.
+"""Writes measured tables into the README, between its markers: an experiment's, and that of the measured answers.
 
 python scripts/readme_results.py runs/quickstart "scripts/run"
+python scripts/readme_results.py answers
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from benchmark import machine
 
+from recipes.answers import pages
 from recipes.report import of_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +29,38 @@ def percent(share: float) -> str:
 
 
 def main() -> None:
-    out, command = Path(sys.argv[1]), sys.argv[2]
+    if sys.argv[1] == "answers":
+        answers()
+    else:
+        quickstart(Path(sys.argv[1]), sys.argv[2])
+
+
+def answers() -> None:
+    """The table of docs/results: what AP did at the last density of every network."""
+    results = ROOT / "docs" / "results"
+    effect, criteria = (json.loads((results / f"{name}.json").read_text()) for name in ("effect", "criteria"))
+    table = pages.summary(effect, criteria).markdown().strip()
+    write("answers", f"{table}\n\n![Difference in accuracy by density](docs/images/results/effect.png)")
+
+
+def write(name: str, text: str) -> None:
+    """Puts text between two markers of the README."""
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    if f"<!-- {name} -->" not in old:
+        raise SystemExit(f"{readme} has no marker <!-- {name} -->")
+    new = re.sub(
+        f"<!-- {name} -->.*<!-- /{name} -->",
+        lambda _: f"<!-- {name} -->\n{text}\n<!-- /{name} -->",
+        old,
+        flags=re.DOTALL,
+    )
+    readme.write_text(new, encoding="utf-8")
+    print(f"wrote {readme}")
+
+
+def quickstart(out: Path, command: str) -> None:
+    """An experiment's sentence, table and figure."""
     report = of_folder(out)
     report.save(out)
     picture = ROOT / "docs" / "images" / "quickstart.png"
@@ -35,8 +69,7 @@ def main() -> None:
     shutil.copyfile(out / "layers.png", picture.with_name("quickstart-layers.png"))
     config = report.config
     seeds = config.seed_list
-    text = f"""<!-- quickstart -->
-`{command}`, the small question that fits a laptop, gives:
+    text = f"""`{command}`, the small question that fits a laptop, gives:
 
 > {report.sentence()}
 
@@ -46,13 +79,8 @@ to {seeds[-1]},
 mean ± 95 % confidence interval over seeds, test images; Δ is the paired difference. DNR: dead-neuron rate.
 Measured on {machine()}.
 
-{report.markdown()}
-<!-- /quickstart -->"""
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = re.sub(r"<!-- quickstart -->.*<!-- /quickstart -->", lambda _: text, old, flags=re.DOTALL)
-    readme.write_text(new, encoding="utf-8")
-    print(f"wrote {readme} and {picture}")
+{report.markdown()}"""
+    write("quickstart", text)
 
 
 if __name__ == "__main__":

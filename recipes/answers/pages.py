@@ -86,6 +86,38 @@ def _parts(plan: Plan, evidence: Evidence) -> Parts:
     return makers[plan.name](evidence)
 
 
+def summary(effect: Evidence, criteria: Evidence) -> Table:
+    """What AP, and the criterion that the plan `criteria` picked, did at the last density of every network."""
+    reports = {name.removeprefix("headline-"): report_of(effect, name) for name in sorted(effect["folders"])}
+    reports = {name: report for name, report in reports.items() if not name.startswith("grid-")}
+    if "confirm-cnn" in criteria["folders"]:
+        reports["cnn"] = report_of(criteria, "confirm-cnn")
+    lines = []
+    for report in reports.values():
+        config, cells = report.config, {cell["arm"]: cell for cell in _cells(report)}
+        if "lite" not in cells:
+            continue
+        base = next(c for c in report.cells if c["arm"] == "none" and c["cycle"] == cells["lite"]["cycle"])
+        images = f", {config.train_images:,} images" if config.train_images else ""
+        norm = "with BatchNorm" if config.model.startswith("resnet") else "without BatchNorm"
+        decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
+        width = f" × {config.width:g}" if config.width != 1 else ""
+        other = cells.get(f"lite:{CHOSEN}")
+        lines.append(
+            [
+                f"{config.model}{width}, {norm}, {config.data}{images}{decay}",
+                f"{base['density']:.1%}",
+                cells["lite"]["accuracy_difference"].n,
+                _percent(base["accuracy"]),
+                _points(cells["lite"]["accuracy_difference"]),
+                _points(cells["lite"]["dnr_total_difference"]),
+                _points(other["accuracy_difference"]) if other else "–",
+            ]
+        )
+    columns = ["network", "weights left", "seeds", "accuracy without AP, %", "AP, Δ points", "AP, Δ dead-neuron rate"]
+    return Table("", [*columns, f"`{CHOSEN}` instead, Δ points"], lines)
+
+
 # --- numbers as text --------------------------------------------------------------------------------------------------
 
 
