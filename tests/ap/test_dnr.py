@@ -579,7 +579,7 @@ def test_passes_that_compute_nothing_are_not_counted():
     with DNRMonitor(model, every=1) as monitor:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model(x)
-        exported = torch.export.export(model, (x,))
+        exported = torch.export.export(model, (x,), strict=False)  # as newer versions of torch do anyway
         assert "bool" not in exported.graph_module.code
         model(x)
     assert monitor.report().layers["1"].samples == 5
