@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ap.masks import Masks
+from ap.ranking import count_true
 from pruners.base import Batches, LossFn, Pruner, register
 
 
@@ -30,10 +31,12 @@ def lamp(weight: Tensor, alive: Tensor) -> Tensor:
     [0.36000001430511475, 1.0, 0.03846153989434242]
     """
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
-    whole = bool(alive.all())
-    magnitudes = (weight.reshape(-1) if whole else weight[alive]).abs()
+    whole = count_true(alive) == alive.numel()
+    flat = weight.reshape(-1)
+    living = None if whole else alive.reshape(-1).nonzero()[:, 0]
+    magnitudes = (flat if living is None else flat.index_select(0, living)).abs()  # several times as fast as [living]
     order = ascending(magnitudes)
-    ordered = magnitudes[order]
+    ordered = magnitudes.index_select(0, order)
     square = ordered.to(exact).square_()
     # Summed from the largest down: a total minus a running sum would lose the largest weights to rounding.
     tail = square.flip(0).cumsum_(0).flip(0)
@@ -44,12 +47,10 @@ def lamp(weight: Tensor, alive: Tensor) -> Tensor:
         starts[1:] = repeats[1:] != repeats[:-1] + 1
         tail[repeats] = tail[repeats[starts][starts.cumsum(0) - 1] - 1]
     ranked = square.div_(tail).nan_to_num_(0.0).to(torch.float32)  # 0 / 0 where the whole layer is zero
-    by_place = torch.empty_like(ranked).scatter_(0, order, ranked)
-    if whole:
-        return by_place.view(weight.shape)
-    scores = torch.zeros_like(weight, dtype=torch.float32)
-    scores[alive] = by_place
-    return scores
+    if living is None:
+        return torch.empty_like(ranked).scatter_(0, order, ranked).view(weight.shape)
+    scores = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
+    return scores.scatter_(0, living.index_select(0, order), ranked).view(weight.shape)
 
 
 def ascending(magnitudes: Tensor) -> Tensor:
@@ -64,4 +65,5 @@ def ascending(magnitudes: Tensor) -> Tensor:
     # one, which takes a third of the time of a comparison sort.
     bits = magnitudes.numpy().view(np.uint32)
     order = np.argsort(bits.astype(np.uint16), kind="stable")
-    return torch.from_numpy(order[np.argsort((bits >> 16).astype(np.uint16)[order], kind="stable")])
+    upper = (bits >> 16).astype(np.uint16).take(order)
+    return torch.from_numpy(order.take(np.argsort(upper, kind="stable")))
