@@ -338,12 +338,11 @@ class Masks:
         The hook lives until its handle's `.remove()`, or until the model is gone.
         """
         slots = list(self._slots.values())  # hold their modules weakly, so the hook does not keep the model alive
-        handle = after_every_step(lambda opt, args, kwargs: enforce(slots, opt))
-        weakref.finalize(self.model, handle.remove)
-        return handle
+        return after_every_step(lambda opt, args, kwargs: enforce(slots, opt), owner=self.model)
 
     def on_resize(self, follower: Callable[[Mapping[nn.Parameter, Kept]], None]) -> None:
         """Calls `follower`, a method that is held weakly, whenever layers were made smaller."""
+        self._followers = [known for known in self._followers if known() is not None]
         self._followers.append(weakref.WeakMethod(follower))
 
     def follow(self, kept: Mapping[nn.Parameter, Kept]) -> int:

@@ -425,9 +425,7 @@ def _register(plugin: AP) -> Handle:
         if owner.criterion is criteria.decay_corrected and _steps(optimizer, owner.masks):
             owner._decay.step(optimizer)
 
-    handle = after_every_step(after_step)
-    weakref.finalize(plugin, handle.remove)
-    return handle
+    return after_every_step(after_step, owner=plugin)
 
 
 def _steps(optimizer: Optimizer, masks: Masks) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,27 +22,35 @@ _hooked = False
 class StepHandle:
     """What `after_every_step` returns."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, owner: object | None) -> None:
         self._number = number
+        self._finalizer = None if owner is None else weakref.finalize(owner, _remove, number)
 
     def remove(self) -> None:
         """The function is not called any more, from the next step on."""
-        global _functions
-        with _lock:
-            _functions = {number: function for number, function in _functions.items() if number != self._number}
+        _remove(self._number)
+        if self._finalizer is not None:
+            self._finalizer.detach()  # or the owner would collect one for each handle that it ever had
 
 
-def after_every_step(function: AfterStep) -> StepHandle:
+def _remove(gone: int) -> None:
+    global _functions
+    with _lock:
+        _functions = {number: function for number, function in _functions.items() if number != gone}
+
+
+def after_every_step(function: AfterStep, owner: object | None = None) -> StepHandle:
     """Calls `function(optimizer, args, kwargs)` after each step of any optimizer, in whatever thread it is made.
 
     Unlike PyTorch's `register_optimizer_step_post_hook`, functions may come and go while other threads make steps.
+    With an `owner` it ends with that object, which must not be held by the function.
     """
     global _functions, _hooked
     with _lock:
         if not _hooked:
             register_optimizer_step_post_hook(_call_all)
             _hooked = True
-        handle = StepHandle(next(_numbers))
+        handle = StepHandle(next(_numbers), owner)
         _functions = {**_functions, handle._number: function}
     return handle
 
