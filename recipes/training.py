@@ -217,9 +217,15 @@ class Training:
 
 @torch.no_grad()
 def _all_finite(model: nn.Module) -> bool:
-    """Whether all parameters and buffers are; read back from the device once."""
-    tensors = [t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()]
+    """Whether all parameters and running statistics are; read back from the device once."""
+    statistics = [tensor for _, tensor in _running_statistics(model)]
+    tensors = [t for t in [*model.parameters(), *statistics] if t.is_floating_point()]
     return not tensors or bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+
+
+def _running_statistics(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that training changes. Others may be infinite on purpose, as attention's causal masks are."""
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
 @torch.no_grad()
@@ -228,7 +234,7 @@ def _first_bad_layer(model: nn.Module, x: Tensor) -> str | None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"the weights of {name} are not finite"
-    for name, buffer in model.named_buffers():
+    for name, buffer in _running_statistics(model):
         if not bool(torch.isfinite(buffer).all()):
             return f"the buffer {name} is not finite"
     found: list[str] = []

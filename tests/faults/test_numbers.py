@@ -66,6 +66,21 @@ def test_running_statistics_that_are_no_numbers_are_noticed():
         run.run_epoch(spoil)
 
 
+def test_buffers_that_are_infinite_on_purpose_are_no_divergence():
+    """A causal mask."""
+
+    class Masked(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.full((10, 10), -math.inf).triu(1))
+
+        def forward(self, x):
+            return torch.softmax(super().forward(x)[:, None] + self.mask, -1).sum(1)
+
+    run = training(Masked())
+    assert math.isfinite(run.run_epoch(lambda step: None))
+
+
 def test_a_learning_rate_that_is_too_high_names_the_layer():
     run = training(Net(), Experiment(data="digits", epochs=2, batch_size=100, device="cpu", lr=1e30))
     with pytest.raises(
