@@ -127,11 +127,11 @@ def test_a_run_that_is_stopped_by_a_signal_goes_on_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_stops_the_others_within_a_minute_and_the_run_resumes(tmp_path, rank):
     assert finished(torchrun(tmp_path / "whole"))[0] == 0
-    began = time.monotonic()
     status, _, error = finished(torchrun(tmp_path / "killed", "kill", rank, 50))  # in the second training
+    seconds = time.time() - float((tmp_path / "killed.died").read_text())
     assert status != 0
     assert "SIGKILL" in error
-    assert time.monotonic() - began < 100  # a part of which is the start
+    assert seconds < 60
     status, _, error = finished(torchrun(tmp_path / "killed", command=["resume"]))
     assert status == 0, error[-2000:]
     assert_equal(result(tmp_path / "killed"), result(tmp_path / "whole"), rel=0, abs=0)

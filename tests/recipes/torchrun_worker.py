@@ -2,14 +2,15 @@
 
 torchrun --nproc-per-node 2 tests/recipes/torchrun_worker.py FAULT RANK STEP COMMAND …
 
-FAULT is "none", "kill" (this rank dies after so many steps of all its trainings) or "scores" (its pruner's scores are
-its own).
+FAULT is "none", "slow" (every step takes longer), "kill" (this rank dies in a step, counted over all its trainings, and
+notes when) or "scores" (its pruner's scores are its own).
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,12 +20,13 @@ from recipes.cli import main
 from recipes.step import Step
 
 
-def die_after(steps):
+def die_after(steps, note):
     original, left = Step.__call__, [steps]
 
     def step(self, *arguments):
         left[0] -= 1
         if left[0] == 0:
+            note.write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
 
@@ -62,7 +64,7 @@ if __name__ == "__main__":
         slow_down()
     if os.environ["RANK"] == rank:
         if fault == "kill":
-            die_after(int(number))
+            die_after(int(number), Path(f"{command[-1]}.died"))
         if fault == "scores":
             own_scores()
     sys.exit(main(command))
