@@ -119,7 +119,7 @@ class Run:
     dry_run: bool = False
     """Only say what it would cost, from a short measurement."""
     workers: int | None = None
-    """How many runs go side by side; default: as many as there are cores, one on a GPU."""
+    """How many runs go side by side; default: as many as there are cores for, one on a GPU."""
     quiet: bool = False
     """No progress."""
 

@@ -215,6 +215,20 @@ def test_a_signal_ends_it_cleanly_and_says_how_to_go_on(finished, tmp_path, numb
     assert metrics(out) == expected_rows(finished)
 
 
+def test_runs_side_by_side_are_those_of_one_at_a_time(tmp_path):
+    options = ["--ap", "none", "lite", "--cycles", "1", "--epochs", "1", "--seeds", "1", "--threads", "1", "--quiet"]
+    for workers in ("1", "2"):
+        out = str(tmp_path / workers)
+        assert main(["run", "quickstart", *options, "--workers", workers, "--out", out]) == 0
+    assert metrics(tmp_path / "1") == metrics(tmp_path / "2")
+
+
+def test_captured_steps_are_refused_where_there_is_no_gpu(tmp_path, capsys):
+    options = ["--step", "captured", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(["run", "quickstart", *options]) == 2
+    assert "--step captured needs a GPU" in capsys.readouterr().err
+
+
 def test_a_second_process_on_the_same_folder_is_refused(finished, capsys):
     with locked(finished):
         assert main(["resume", str(finished)]) == 2
