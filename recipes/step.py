@@ -126,7 +126,7 @@ class Step:
 def capture(make: Callable[[], None]) -> Callable[[], None]:
     """Captures what the function does on the current CUDA device, without doing it; returns what does it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may be reading batches
         make()
     return graph.replay
 
