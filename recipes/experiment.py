@@ -169,6 +169,8 @@ def check_rows(path: Path, found: list[dict[str, Any]]) -> None:
     """FolderError where rows are not what a run writes: they may come from strangers."""
     for number, row in enumerate(found):
         where = f"{path}, line {number + 1}, is damaged"
+        if row.get("schema", SCHEMA) != SCHEMA:
+            raise FolderError(f"{path}, line {number + 1}: written by another version (schema {row['schema']!r})")
         for key in ("cycle", "alive"):
             if type(row.get(key)) is not int or not _is_number(row[key]):
                 raise FolderError(f"{where}: {key} is {row.get(key)!r}")
@@ -469,7 +471,11 @@ class _Run:
         """Between trainings: the state is whole."""
         distributed.check_masks(loop.masks, f"before the training of cycle {loop.cycle}")
         self.save(None)
-        distributed.on_main(lambda: write_rows(self.folder / "metrics.jsonl", loop.history))
+        distributed.on_main(self.write_metrics)
+
+    def write_metrics(self) -> None:
+        """The rows so far, each with the version of its format."""
+        write_rows(self.folder / "metrics.jsonl", ({"schema": SCHEMA} | row for row in self.loop.history))
 
     def save(self, training: dict[str, Any] | None) -> None:
         """A checkpoint; by all processes together, of which one writes it."""
@@ -570,7 +576,7 @@ class _Run:
 
     def finish(self) -> None:
         """The last things: metrics, pictures, hparams, and that it is done."""
-        write_rows(self.folder / "metrics.jsonl", self.loop.history)
+        self.write_metrics()
         last = self.loop.history[-1]
         if self.monitor is not None and self.monitor.history:
             write_pictures(self.writer, self.monitor.history, last["cycle"])
