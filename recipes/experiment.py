@@ -222,7 +222,8 @@ def execute(
 ) -> None:
     """Runs what is left of an experiment, or of some of its runs.
 
-    On a CPU several runs go side by side, one process each, with this many threads; on a GPU one after the other.
+    Several runs go side by side, one process each with this many threads: on a CPU as many as there are cores for, on a
+    GPU one at a time unless `workers` says more.
 
     Raises:
         Stopped: by SIGINT or SIGTERM, after every run has saved where it stands.
@@ -271,7 +272,8 @@ def check(config: Experiment) -> None:
     device = device_of(config.device)
     if config.step == "captured" and not can_capture(config, device):
         raise ValueError(
-            "--step captured needs a GPU, and no arm with decay-corrected, which follows every step in Python: "
+            "--step captured needs a GPU of its own, without torchrun, and no arm with decay-corrected, which follows "
+            "every step in Python: "
             "leave --step out, or say --step eager"
         )
     if ":" in config.model:
@@ -288,7 +290,8 @@ def load_data(config: Experiment) -> Any:
         data = data_sets.load("folder", root=config.data, size=config.image_size, **options)
     else:
         data = data_sets.load(config.data, root=config.data_root, size=config.image_size, **options)
-    return data if config.train_images is None else data.with_train_images(config.train_images)
+    data = data if config.train_images is None else data.with_train_images(config.train_images)
+    return data.non_negative() if config.inputs == "non-negative" else data
 
 
 def build(config: Experiment, data: Any, seed: int) -> nn.Module:
