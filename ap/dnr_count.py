@@ -58,17 +58,22 @@ def count_nonzero_over_batch(output: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return count_over_batch(output.to(torch.bool))  # several times faster than comparing
     if output.device.type == "cpu":
-        return _opaque_count(output)
+        return torch.ops.ap.count_nonzero_over_batch(output)
     return count_over_batch(output != 0)
 
 
-@torch.library.custom_op("ap::count_nonzero_over_batch", mutates_args=())
+# One node of a compiled graph: compiled for a CPU, a sum over the batch is not vectorised, and nor are stores of bools.
+# It takes any layout, so that none has to be made for it.
+torch.library.define("ap::count_nonzero_over_batch", "(Tensor output) -> Tensor", tags=torch.Tag.flexible_layout)
+
+
+@torch.library.impl("ap::count_nonzero_over_batch", "CompositeExplicitAutograd")
 def _opaque_count(output: Tensor) -> Tensor:
-    """The eager count as one node of a compiled graph: compiled for a CPU, a sum over the batch is not vectorised."""
-    return count_over_batch(output.to(torch.bool)).to(torch.int32, memory_format=torch.contiguous_format)
+    """The eager count."""
+    return count_over_batch(output.to(torch.bool)).to(torch.int32).contiguous()
 
 
-@_opaque_count.register_fake
+@torch.library.register_fake("ap::count_nonzero_over_batch")
 def _(output: Tensor) -> Tensor:
     return output.new_empty(output.shape[1:], dtype=torch.int32)
 

@@ -126,3 +126,15 @@ def test_names_are_without_the_wrappers():
     with DNRMonitor(model, every=1) as monitor:
         model(torch.randn(4, 6))
     assert list(monitor.report().layers) == ["1"]
+
+
+def test_the_count_takes_outputs_in_whatever_layout_the_compiler_chose():
+    operator = torch.ops.ap.count_nonzero_over_batch.default
+    assert torch.Tag.flexible_layout in operator.tags  # or inductor copies each into the layout that was traced
+    x = torch.randn(300, 3, 4, 6).relu()
+    expected = (x != 0).sum(0, dtype=torch.int32)
+    for layout in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        count = operator(layout)
+        assert torch.equal(count, expected)
+        assert count.is_contiguous()
+    torch.library.opcheck(operator, (x,), test_utils=("test_schema", "test_faketensor"))
