@@ -106,17 +106,17 @@ def page(everything: dict[str, Any], reasons: dict[str, str]) -> str:
 def _aim(of: tuple[str, Row]) -> str:
     device, aim = of
     unit = aim["unit"] and f" {aim['unit']}"
-    limit = f"{'≥' if aim['at_least'] else '≤'} {_number(aim['limit'])}{unit}"
+    limit = f"{'≥' if aim['at_least'] else '≤'} {_number(aim['limit'], 4)}{unit}"
     where = "" if device == "cpu" else f" ({device})"
     if aim["measured"] is None:
         return f"| `{aim['key']}`{where}: {aim['what']} | {limit} | – | not measured here: {aim['needs']} |\n"
     verdict = "met" if aim["met"] else f"**missed** by {_gap(aim)}"
-    return f"| `{aim['key']}`{where}: {aim['what']} | {limit} | {_number(aim['measured'])}{unit} | {verdict} |\n"
+    return f"| `{aim['key']}`{where}: {aim['what']} | {limit} | {_number(aim['measured'], 4)}{unit} | {verdict} |\n"
 
 
 def _gap(aim: Row) -> str:
     """How far a missed aim is from its limit, of the limit."""
-    return f"{abs(aim['measured'] / aim['limit'] - 1):.0%}" if aim["limit"] else _number(abs(aim["measured"]))
+    return f"{abs(aim['measured'] / aim['limit'] - 1):.1%}" if aim["limit"] else _number(abs(aim["measured"]))
 
 
 def _bound(row: Row) -> str:
@@ -156,11 +156,11 @@ def _table(setting: str, rows: list[Row]) -> str:
     return f"{setting} ({rounds}):\n\n{table}\n" if setting else table + "\n"
 
 
-def _number(value: float) -> str:
-    """Three significant digits, or all of a large number's."""
+def _number(value: float, significant: int = 3) -> str:
+    """So many significant digits, or all of a large number's."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
-    digits = f"{value:.3g}"
+    digits = f"{value:.{significant}g}"
     return f"{value:.6f}".rstrip("0") if "e" in digits else digits
 
 
