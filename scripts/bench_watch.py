@@ -1,6 +1,6 @@
 """What `python -m ap watch` adds to a training step at its default cadence: hooks, observed passes and logs.
 
-python scripts/bench_watch.py [--rounds 9] [--device cuda] [--batch 32] [--json FILE]
+python scripts/bench_watch.py [--rounds 3] [--device cuda] [--batch 32] [--json FILE]
 
 A call is 200 steps, so that four observed passes and one log to TensorBoard are in it, as in any 200 steps.
 """
@@ -23,9 +23,11 @@ STEPS = 200
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=9)
+    parser = arguments(__doc__, rounds=3, quick_rounds=1)
     parser.add_argument("--batch", type=int, default=32)
     options = parse(parser)
+    if options.quick:
+        options.batch = 2
     side = 8 if options.quick else 32
     rows = []
     small = recipes.models.create("lenet-300-100", in_channels=1, image_size=8)
