@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes import experiment
-from recipes.answers import pages, plans
+from recipes.answers import plans
 from recipes.answers.evidence import gather
+from recipes.answers.pages import page, write
 from recipes.experiment import Failed, Stopped
 
 
@@ -41,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
         else:
             evidence = json.loads((options.docs / "results" / f"{plan.name}.json").read_text(encoding="utf-8"))
         if options.docs is not None:
-            print(f"written: {pages.write(plan, evidence, options.docs)}")
+            print(f"written: {write(plan, evidence, options.docs)}")
         else:
-            print(pages.page(plan, evidence))
+            print(page(plan, evidence))
     return 0
 
 
