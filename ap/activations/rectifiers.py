@@ -73,7 +73,7 @@ class _HeLUInTransforms(_HeLUInGraphs):
 
 
 def helu(x: Tensor, alpha: float = 0.05) -> Tensor:
-    """HeLU: ReLU forward, while the gradient passes for all x > −α (the hysteresis rectified linear unit).
+    """HeLU: ReLU forward, while the gradient passes for all x > −α (hysteresis; Kimhi et al. 2024).
 
     Its backward pass is a surrogate: units with −α < x ≤ 0 output nothing and yet learn.
 
