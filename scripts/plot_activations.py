@@ -33,7 +33,9 @@ ENTRIES = {
     "rrelu": Entry("max(0, x) + a·min(0, x), a random in training", "Xu et al. 2015", "Regularises small data sets."),
     "relu6": Entry("min(6, max(0, x))", "Howard et al. 2017", "Low-precision inference."),
     "relu_squared": Entry("max(0, x)²", "So et al. 2021", "Transformers; needs normalisation, see the exponent."),
-    "star_relu": Entry("s·max(0, x)² + b", "Yu et al. 2022", "The same with mean 0 and variance 1; needs normalisation too."),
+    "star_relu": Entry(
+        "s·max(0, x)² + b", "Yu et al. 2022", "The same with mean 0 and variance 1; needs normalisation too."
+    ),
     "helu": Entry(
         "max(0, x); the gradient passes for x > −α",
         "Kimhi et al. 2024",
