@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, c
     assert metrics(out) == metrics(finished)
 
 
-def wait_for(condition, process, patience=60.0):
+def wait_for(condition, process, patience=300.0):
     end = time.monotonic() + patience
     while not condition():
         assert process.poll() is None, process.communicate()
