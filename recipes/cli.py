@@ -125,12 +125,7 @@ class Run:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-h", "--help"):
-        name, rest = "quickstart", arguments
-    elif not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"run needs a preset first: {', '.join(presets.PRESETS)}")
-    else:
-        name, rest = arguments[0], arguments[1:]
+    name, rest = presets.split("run", arguments)
     base = presets.get(name).experiment
     default = Run(out=Path("runs") / name, experiment=Unchecked(**dataclasses.asdict(base)))
     options = tyro.cli(Run, args=rest, default=default, prog=f"python -m recipes run {name}")

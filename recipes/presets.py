@@ -248,3 +248,16 @@ def get(name: str) -> Preset:
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     return PRESETS[name]
+
+
+def split(command: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The preset that a command line begins with, and the rest of it; --help alone explains the quickstart's options.
+
+    >>> split("run", ["quickstart", "--seeds", "2"])
+    ('quickstart', ['--seeds', '2'])
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        return "quickstart", arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"{command} needs a preset first: {', '.join(PRESETS)}")
+    return arguments[0], arguments[1:]

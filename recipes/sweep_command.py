@@ -56,12 +56,7 @@ class Sweep:
 
 def main(arguments: list[str]) -> int:
     """The command; returns its exit status."""
-    if arguments and arguments[0] in ("-h", "--help"):
-        name, rest = "quickstart", arguments
-    elif not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"sweep needs a preset first: {', '.join(presets.PRESETS)}")
-    else:
-        name, rest = arguments[0], arguments[1:]
+    name, rest = presets.split("sweep", arguments)
     base = presets.get(name).experiment
     axes = {axis: (value,) if (value := getattr(base, axis)) is not None else () for axis in sweep.AXES}
     default = Sweep(out=Path("runs") / f"{name}-sweep", experiment=Grid(**{**dataclasses.asdict(base), **axes}))

@@ -10,28 +10,12 @@ from recipes import experiment
 from recipes.answers.plans import Plan
 from recipes.config import Arm, Experiment
 from recipes.experiment import Job
-from recipes.report import Report, Rows
+from recipes.report import MEASURES, Report, Rows
 from recipes.storage import FolderError
 from recipes.studies.base import machine
 
 SCHEMA = 1
-KEPT = (
-    "cycle",
-    "alive",
-    "density",
-    "accuracy",
-    "val_accuracy",
-    "dnr_total",
-    "dnr_static",
-    "dnr_dynamic",
-    "effective_density",
-    "negative_share",
-    "overlap_smallest_negative",
-    "overlap_pruner",
-    "trainings",
-    "shortfall",
-    "train_s",
-)
+KEPT = ("cycle", "alive", "density", *MEASURES, "trainings", "shortfall", "train_s")
 Evidence = dict[str, Any]
 
 
