@@ -225,6 +225,10 @@ class Experiment:
         self._check_names()
 
     def _check_numbers(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and abs(value) >= 2**63:  # whole numbers that no float can hold, among others
+                raise ValueError(f"--{_option(field.name)} must be {2**63 - 1:,} or less, not {value:,}")
         for name in ("seeds", "epochs", "batch_size", "score_batches", "probe", "accumulate"):
             _at_least(name, getattr(self, name), 1)
         for name in ("cycles", "first_seed", "monitor_every", "cutout", "recover"):

@@ -211,7 +211,19 @@ def test_arms_are_no_paths(tmp_path, arm):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"seeds": 10**12}, {"cycles": 10**9}, {"image_size": 10**6}, {"first_seed": 2**70}, {"threads": 10**6}]
+    "setting",
+    [
+        {"seeds": 10**12},
+        {"cycles": 10**9},
+        {"image_size": 10**6},
+        {"first_seed": 2**70},
+        {"threads": 10**6},
+        {"weight_decay": 10**400},
+        {"lr": 10**400},
+        {"val": 10**400},
+        {"epochs": 10**400},
+        {"batch_size": 10**30},
+    ],
 )
 def test_absurd_numbers_are_refused_before_memory_is_taken(setting, memory):
     from recipes.config import Experiment
