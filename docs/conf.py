@@ -28,6 +28,7 @@ myst_heading_anchors = 3  # so that pages can link to each other's headings, as 
 suppress_warnings = ["ref.python"]
 
 default_role = "code"  # docstrings write `names` as Markdown does
+autodoc_default_options = {"ignore-module-all": True}  # names are documented where they are defined
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
