@@ -58,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (experiment.Failed, distributed.Disagreement) as error:
         _print_error(str(error))
         return 1
+    except BrokenPipeError:  # whoever read what is printed, `head` for example, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         _print_error(" ".join(str(error).split()))
         return 2
