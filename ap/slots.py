@@ -298,12 +298,13 @@ def find_slots(model: nn.Module, include: Filter | None, exclude: Filter | None)
             known = first.get(id(parameter))
             if known is None or (plain in prunable and known in others):  # an embedding's weight that is a layer's too
                 others.pop(known or "", None)
+                first.pop(id(parameter), None)  # its place is the layer's
                 first[id(parameter)] = name
                 (candidates if plain in prunable else others)[name] = (module, plain)
     names = list(candidates)
     if include is not None:
         chosen = _match(candidates, include, "include", extra=others)
-        names = [name for name in [*candidates, *others] if name in chosen]
+        names = [name for name in first.values() if name in chosen]
     if exclude is not None:
         left_out = _match(candidates, exclude, "exclude", extra=others)
         names = [name for name in names if name not in left_out]

@@ -383,3 +383,18 @@ def test_a_compiled_optimizer_step_keeps_dead_weights_dead():
             step()
         assert all(bool((masks.weight(n)[~masks[n]] == 0).all()) for n in masks)
     handle.remove()
+
+
+def test_included_weights_of_other_kinds_stand_in_module_order():
+    model = nn.Sequential()
+    model.add_module("emb", nn.Embedding(5, 4))
+    model.add_module("norm", nn.LayerNorm(4))
+    model.add_module("fc", nn.Linear(4, 2))
+    assert Masks(model, include=["fc.weight", "norm.weight", "emb.weight"]).names == [
+        "emb.weight",
+        "norm.weight",
+        "fc.weight",
+    ]
+    tied = nn.ModuleDict({"emb": nn.Embedding(3, 4), "first": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
+    tied["head"].weight = tied["emb"].weight
+    assert Masks(tied).names == ["first.weight", "head.weight"]
