@@ -60,7 +60,7 @@ def test_filters():
         "cross.v_proj_weight",
     ]
     assert Masks(model, include=lambda name, module: isinstance(module, nn.Conv2d)).names == ["conv.weight"]
-    assert Masks(model, include=["embedding.weight", "head"]).names == ["head.weight", "embedding.weight"]
+    assert Masks(model, include=["head", "embedding.weight"]).names == ["embedding.weight", "head.weight"]
     with pytest.raises(ValueError, match=r"include='heed.weight' matches no weight; close: head.weight"):
         Masks(model, include="heed.weight")
 
