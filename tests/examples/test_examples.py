@@ -114,11 +114,13 @@ def test_two_processes_prune_the_same_weights(tmp_path: Path) -> None:
 def test_the_tour_runs_from_top_to_bottom(tmp_path: Path) -> None:
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     stored = [kind(cell) for cell in notebook.cells]
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert [kind(cell) for cell in notebook.cells] == stored  # what readers see on the web is what it does
     printed = "".join(o.text for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream")
     assert re.findall(r"Selection\((\d+) weights", printed) == ["1190"]
 
 
 def kind(cell: nbformat.NotebookNode) -> list[str]:
-    return [output.output_type for output in cell.get("outputs", [])]
+    """What a cell shows; what is printed may come in several parts, and warnings are the machine's."""
+    shown = [o.output_type for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+    return [one for i, one in enumerate(shown) if one != "stream" or shown[i - 1 : i] != ["stream"]]
