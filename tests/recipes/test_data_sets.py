@@ -127,7 +127,7 @@ def test_impossible_validation_sizes(val: float) -> None:
 def test_unknown_names_list_the_close_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown data set 'cifar-10'.*cifar10"):
         load("cifar-10")
-    with pytest.raises(ValueError, match="for folders of images"):
+    with pytest.raises(ValueError, match="can be shrunk to"):
         load("digits", size=32)
     assert {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "stl10", "tiny-imagenet", "imagenet"} <= set(
         names()
