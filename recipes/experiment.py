@@ -328,7 +328,7 @@ def rehearse(config: Experiment, data: Any) -> None:
         warnings.simplefilter("ignore")  # the runs will say it
         try:
             pruners.create(config.pruner).scores(model, Masks(model), batches, nn.functional.cross_entropy)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, NotImplementedError) as error:  # the last is torch's, of what has no derivative
             raise ValueError(f"the pruner {config.pruner} cannot prune {config.model}: {error}") from None
 
 

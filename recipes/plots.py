@@ -50,10 +50,10 @@ def draw(report: Report, out: Path) -> list[Path]:
         f"{config.model} on {config.data}, {config.pruner}, {config.seeds} seeds (mean and 95 % confidence interval)",
         fontsize=11,
     )
-    paths = [_save(figure, out / "comparison.png")]
+    paths = [save(figure, out / "comparison.png")]
     layers = _layers(report)
     if layers is not None:
-        paths.append(_save(layers, out / "layers.png"))
+        paths.append(save(layers, out / "layers.png"))
     return paths
 
 
@@ -126,7 +126,7 @@ def differences(pool: Pool, path: Path) -> Path:
         _dress(axes[0], f"{pruner}: difference in accuracy, points")
         _dress(axes[1], f"{pruner}: difference in DNR, points")
     figure.suptitle("paired differences (mean and 95 % confidence interval)", fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _layers(report: Report) -> Figure | None:
@@ -160,7 +160,8 @@ def _layers(report: Report) -> Figure | None:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure as PNG, whole or not at all; returns where it is."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_whole(path, buffer.getvalue())
@@ -183,4 +184,4 @@ def bars(report: DNRReport, path: Path, title: str) -> Path:
     axis.set_xlabel("dead-neuron rate, %")
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)

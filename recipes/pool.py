@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from recipes import experiment, plots
 from recipes.config import SCHEMA, Experiment
 from recipes.experiment import Job
-from recipes.report import Report, Rows, correct
+from recipes.report import Report, Rows, correct, write_csv
 from recipes.storage import FolderError, write_json, write_whole
 
 # What may differ between folders whose runs are pooled; everything else makes another experiment.
@@ -127,13 +125,7 @@ class Pool:
     def save(self, out: Path) -> list[Path]:
         """Writes the plot, summary.csv, summary.md and at last summary.json; returns what to look at."""
         pictures = [plots.differences(self, out / "differences.png")]
-        records = self.records()
-        text = io.StringIO()
-        columns = dict.fromkeys(key for row in records for key in row)
-        writer = csv.DictWriter(text, [*columns, "schema"])
-        writer.writeheader()
-        writer.writerows(record | {"schema": SCHEMA} for record in records)
-        write_whole(out / "summary.csv", text.getvalue())
+        write_csv(out / "summary.csv", self.records())
         write_whole(out / "summary.md", self.markdown())
         write_json(out / "summary.json", self.to_dict())
         return pictures

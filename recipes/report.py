@@ -164,14 +164,12 @@ class Report:
             d = cell["accuracy_difference"]
             change, p = ("", "")
             if d is not None and cell["cycle"]:
-                change = f"{100 * d.difference:+.2f}" + (
-                    f" ± {100 * d.half_width:.2f}" if d.half_width is not None else ""
-                )
+                change = points(d)
                 p = "" if d.p_holm is None else f"{d.p_holm:.3f}"
             static = cell["dnr_static"]
             lines.append(
                 f"{density if density != last else '':>8}  {cell['arm'][:14]:<14} {len(cell['seeds']):>5}  "
-                f"{_percent(cell['accuracy']):>14}  {_percent(cell['dnr_total']):>14}  "
+                f"{percent(cell['accuracy']):>14}  {percent(cell['dnr_total']):>14}  "
                 f"{'' if static is None else f'{100 * static.mean:.2f}':>8}  {change:>15}  {p:>6}"
                 + ("  ran out of candidates" if cell["shortfall"] else "")
             )
@@ -186,11 +184,9 @@ class Report:
             d = cell["accuracy_difference"]
             change = ""
             if d is not None and cell["cycle"]:
-                change = f"{100 * d.difference:+.2f}" + (
-                    f" ± {100 * d.half_width:.2f}" if d.half_width is not None else ""
-                )
+                change = points(d)
             values = [f"{cell['density']:.1%}", f"`{cell['arm']}`", str(len(cell["seeds"]))]
-            values += [_percent(cell[m]) for m in ("accuracy", "dnr_total", "dnr_static", "effective_density")]
+            values += [percent(cell[m]) for m in ("accuracy", "dnr_total", "dnr_static", "effective_density")]
             lines.append("| " + " | ".join([*values, change]) + " |")
         return "\n".join(lines)
 
@@ -222,12 +218,7 @@ class Report:
     def save(self, out: Path) -> list[Path]:
         """Writes the plots, summary.csv, summary.md and at last summary.json; returns what to look at."""
         pictures = plots.draw(self, out)
-        text = io.StringIO()
-        records = self.records()
-        writer = csv.DictWriter(text, [*records[0], "schema"])
-        writer.writeheader()
-        writer.writerows(record | {"schema": SCHEMA} for record in records)
-        write_whole(out / "summary.csv", text.getvalue())
+        write_csv(out / "summary.csv", self.records())
         write_whole(out / "summary.md", f"{self.sentence()}\n\n{self.markdown()}\n")
         write_json(out / "summary.json", self.to_dict())
         return pictures
@@ -242,7 +233,28 @@ def of_folder(out: Path) -> Report:
     return Report(config, experiment.rows(out, config))
 
 
-def _percent(value: Mean | None) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value.mean:.2f}" + (f" ± {100 * value.half_width:.2f}" if value.half_width is not None else "")
+def percent(value: Mean | None, digits: int = 2) -> str:
+    """A rate in percent with its interval, as tables show it.
+
+    >>> percent(Mean(3, 0.5, 0.0125)), percent(None)
+    ('50.00 ± 1.25', '–')
+    """
+    return "–" if value is None else f"{100 * value.mean:.{digits}f}" + _interval(value.half_width, digits)
+
+
+def points(value: Paired) -> str:
+    """A difference in percentage points with its interval."""
+    return f"{100 * value.difference:+.2f}" + _interval(value.half_width, 2)
+
+
+def _interval(half_width: float | None, digits: int) -> str:
+    return "" if half_width is None else f" ± {100 * half_width:.{digits}f}"
+
+
+def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Flat rows as CSV, with the columns of all of them and the schema's version in each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*dict.fromkeys(key for row in records for key in row), "schema"])
+    writer.writeheader()
+    writer.writerows(record | {"schema": SCHEMA} for record in records)
+    write_whole(path, text.getvalue())

@@ -12,7 +12,7 @@ import torch
 
 from recipes import distributed, experiment
 from recipes.config import Experiment
-from recipes.engine import Stopped, device_of
+from recipes.engine import device_of
 from recipes.experiment import Failed, Job
 from recipes.progress import Progress
 from recipes.storage import locked
@@ -69,6 +69,3 @@ def _run_all(config: Experiment, out: Path, left: list[Job], say: experiment.Say
                 say({"event": "done" if outcome == "done" else "failed", "job": job.name, "why": outcome})
     if failures:
         raise Failed("\n".join(failures))
-
-
-__all__ = ["Stopped", "execute"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from recipes.answers import plans
 from recipes.answers.evidence import gather
 from recipes.answers.pages import page, write
 from recipes.experiment import Failed, Stopped
+from recipes.storage import read_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
                 return 130
             evidence = gather(plan, options.out)
         else:
-            evidence = json.loads((options.docs / "results" / f"{plan.name}.json").read_text(encoding="utf-8"))
+            evidence = read_json(options.docs / "results" / f"{plan.name}.json")
         if options.docs is not None:
             print(f"written: {write(plan, evidence, options.docs)}")
         else:

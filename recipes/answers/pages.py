@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recipes import plots
 from recipes.answers.evidence import Evidence, report_of
 from recipes.answers.plans import CHOSEN, Plan
 from recipes.plots import COLOURS
-from recipes.report import MARGIN, Report
-from recipes.statistics import Mean, Paired, holm, paired
+from recipes.report import MARGIN, Report, percent, points
+from recipes.statistics import Paired, holm, paired
 from recipes.storage import write_whole
 from recipes.studies.base import Table
 
@@ -27,7 +27,11 @@ LOWEST = 3  # densities, of which the criteria plan takes the mean
 
 def page(plan: Plan, evidence: Evidence) -> str:
     """The page as Markdown."""
-    findings, tables, _ = _parts(plan, evidence)
+    return _text(plan, evidence, _parts(plan, evidence))
+
+
+def _text(plan: Plan, evidence: Evidence, parts: Parts) -> str:
+    findings, tables, _ = parts
     machine = evidence["machine"]
     missing = {name: entry["missing"] for name, entry in evidence["folders"].items() if entry["missing"]}
     absent = [name for name in plan.experiments if name not in evidence["folders"]]
@@ -71,13 +75,12 @@ def write(plan: Plan, evidence: Evidence, docs: Path) -> Path:
     results, images = docs / "results", docs / "images" / "results"
     for folder in (results, images):
         folder.mkdir(parents=True, exist_ok=True)
+    parts = _parts(plan, evidence)
     figure = Figure(figsize=(10, 4), layout="constrained")
-    _parts(plan, evidence)[2](figure)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_whole(images / f"{plan.name}.png", picture.getvalue())
+    parts[2](figure)
+    plots.save(figure, images / f"{plan.name}.png")
     write_whole(results / f"{plan.name}.json", json.dumps(evidence, separators=(",", ":")) + "\n")
-    write_whole(results / f"{plan.name}.md", page(plan, evidence))
+    write_whole(results / f"{plan.name}.md", _text(plan, evidence, parts))
     return results / f"{plan.name}.md"
 
 
@@ -108,7 +111,7 @@ def summary(effect: Evidence, criteria: Evidence) -> Table:
                 f"{config.model}{width}, {norm}, {config.data}{images}{decay}",
                 f"{base['density']:.1%}",
                 cells["lite"]["accuracy_difference"].n,
-                _percent(base["accuracy"]),
+                percent(base["accuracy"]),
                 _points(cells["lite"]["accuracy_difference"]),
                 _points(cells["lite"]["dnr_total_difference"]),
                 _points(other["accuracy_difference"]) if other else "–",
@@ -121,18 +124,8 @@ def summary(effect: Evidence, criteria: Evidence) -> Table:
 # --- numbers as text --------------------------------------------------------------------------------------------------
 
 
-def _percent(value: Mean | None, digits: int = 2) -> str:
-    if value is None:
-        return "–"
-    half = "" if value.half_width is None else f" ± {100 * value.half_width:.{digits}f}"
-    return f"{100 * value.mean:.{digits}f}{half}"
-
-
 def _points(value: Paired | None) -> str:
-    if value is None:
-        return "–"
-    half = "" if value.half_width is None else f" ± {100 * value.half_width:.2f}"
-    return f"{100 * value.difference:+.2f}{half}"
+    return "–" if value is None else points(value)
 
 
 def _p(value: float | None) -> str:
@@ -182,8 +175,8 @@ def _dead_neurons(evidence: Evidence) -> Parts:
             continue
         curves[name] = cells
         for cell in cells:
-            rates = [_percent(cell[rate], 1) for rate in ("dnr_total", "dnr_static", "dnr_dynamic")]
-            lines.append([name, f"{cell['density']:.1%}", len(cell["seeds"]), *rates, _percent(cell["accuracy"], 1)])
+            rates = [percent(cell[rate], 1) for rate in ("dnr_total", "dnr_static", "dnr_dynamic")]
+            lines.append([name, f"{cell['density']:.1%}", len(cell["seeds"]), *rates, percent(cell["accuracy"], 1)])
         rows = report.by_arm["none"]
         last = cells[-1]["cycle"]
         pairs = [(its[last]["dnr_dynamic"], its[0]["dnr_dynamic"]) for its in rows.values() if len(its) > last]
@@ -251,14 +244,14 @@ def _effect(evidence: Evidence) -> Parts:
                     f"{cell['density']:.1%}",
                     cell["arm"],
                     len(cell["seeds"]),
-                    _percent(cell["accuracy"]),
+                    percent(cell["accuracy"]),
                     _points(d),
-                    _percent(cell["dnr_total"], 1),
-                    _percent(cell["dnr_static"], 1),
-                    _percent(cell["effective_density"]),
-                    _percent(cell["negative_share"], 0),
-                    _percent(cell["overlap_smallest_negative"], 0),
-                    _percent(cell["overlap_pruner"], 0),
+                    percent(cell["dnr_total"], 1),
+                    percent(cell["dnr_static"], 1),
+                    percent(cell["effective_density"]),
+                    percent(cell["negative_share"], 0),
+                    percent(cell["overlap_smallest_negative"], 0),
+                    percent(cell["overlap_pruner"], 0),
                 ]
             )
         columns = [
