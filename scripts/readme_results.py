@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmark import machine
 
-from recipes.answers import pages
+from recipes.answers.effect import summary
 from recipes.report import of_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +38,8 @@ def main() -> None:
 def answers() -> None:
     """The table of docs/results: what AP did at the last density of every network."""
     results = ROOT / "docs" / "results"
-    effect, criteria = (json.loads((results / f"{name}.json").read_text()) for name in ("effect", "criteria"))
-    table = pages.summary(effect, criteria).markdown().strip()
+    numbers = (json.loads((results / f"{name}.json").read_text()) for name in ("effect", "criteria"))
+    table = summary(*numbers).markdown().strip()
     write("answers", f"{table}\n\n![Difference in accuracy by density](docs/images/results/effect.png)")
 
 

@@ -19,6 +19,7 @@ from recipes.studies import (  # noqa: F401  (studies register themselves)
     gelu,
     helu,
     init,
+    means,
     relu_classifier,
     reproducibility,
     swish_depth,

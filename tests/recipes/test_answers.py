@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes import experiment
-from recipes.answers import command, evidence, pages, plans
+from recipes.answers import command, criteria, evidence, pages, plans
 from recipes.config import Experiment
 from recipes.storage import FolderError
 
@@ -67,7 +67,7 @@ def test_a_page_is_the_same_from_runs_and_from_its_numbers(runs: Path, tmp_path:
     assert pages.page(plan, again) == written.read_text()
     assert "Not run" not in written.read_text()
     assert (tmp_path / "images" / "results" / "criteria.png").stat().st_size > 5000
-    picked = pages.choice(found)
+    picked = criteria.choice(found)
     report = evidence.report_of(found, "criteria-global")
     gains = {
         arm: sum(
@@ -80,7 +80,10 @@ def test_a_page_is_the_same_from_runs_and_from_its_numbers(runs: Path, tmp_path:
     assert f"lite:{picked}" == max(gains, key=lambda arm: gains[arm])
 
 
-@pytest.mark.parametrize(("name", "folder"), [("effect", "headline-mlp"), ("dead-neurons", "vit-relu")])
+PAGES = [("effect", "headline-mlp"), ("dead-neurons", "vit-relu"), ("depth", "headline-vgg")]
+
+
+@pytest.mark.parametrize(("name", "folder"), PAGES)
 def test_the_other_pages_too(name: str, folder: str, runs: Path, tmp_path: Path) -> None:
     plan = small(name, folder)
     (tmp_path / folder).symlink_to(runs / "criteria-global")
@@ -94,6 +97,24 @@ def test_the_other_pages_too(name: str, folder: str, runs: Path, tmp_path: Path)
         assert all(0 <= static <= total <= 1 for _, total, static in steps["0"])
     else:
         assert "lite − none" in text
+
+
+def test_the_page_of_activations_compares_seed_by_seed_and_knows_which_cannot_die(runs: Path, tmp_path: Path) -> None:
+    plan = small("activations", "activations-cnn-relu")
+    smooth = replace(TINY, ap=("none", "lite"), activation="elu")
+    plan.experiments["activations-cnn-elu"] = smooth
+    (tmp_path / "activations-cnn-relu").symlink_to(runs / "criteria-global")
+    experiment.prepare(smooth, tmp_path / "activations-cnn-elu")
+    experiment.execute(smooth, tmp_path / "activations-cnn-elu", lambda event: None, 1)
+    found = evidence.gather(plan, tmp_path)
+    text = pages.write(plan, found, tmp_path / "docs").read_text()
+    arms = {name: found["folders"][f"activations-cnn-{name}"]["arms"] for name in ("relu", "elu")}
+    dense = [arms["elu"]["none"][seed][0]["accuracy"] - arms["relu"]["none"][seed][0]["accuracy"] for seed in "01"]
+    assert f"{50 * sum(dense):+.2f} ±" in text
+    row = next(line for line in text.splitlines() if line.startswith("| elu") and "cannot die" in line)
+    effect = [arms["elu"]["lite"][seed][3]["accuracy"] - arms["elu"]["none"][seed][3]["accuracy"] for seed in "01"]
+    assert f"{50 * sum(effect):+.2f}" in row
+    assert "primary outcome" in text
 
 
 def test_what_is_missing_is_said_and_what_is_another_experiments_refused(runs: Path) -> None:
@@ -115,4 +136,4 @@ def test_published_pages_follow_from_their_numbers(path: Path) -> None:
     found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert pages.page(plans.get(path.stem), found) == path.read_text(encoding="utf-8")
     if path.stem == "criteria" and "confirm-cnn" in found["folders"]:
-        assert pages.choice(found) == plans.CHOSEN
+        assert criteria.choice(found) == plans.CHOSEN

@@ -1,4 +1,4 @@
-"""Dead-neuron rates set by shifting biases: exactly, layer by layer, whatever lies between a bias and its ReLU."""
+"""Rates and means set by shifting biases: exactly, layer by layer, whatever lies between a bias and its ReLU."""
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from torch import nn
 
 from ap import measure_dnr
 from recipes import models, studies
-from recipes.studies.decisive import RATE_ONLY, _biases, _shift, set_rates_
+from recipes.studies.decisive import RATE_ONLY
+from recipes.studies.means import MEANS_KEPT, MEANS_ONLY
+from recipes.studies.tickets import _biases, _shift, means, set_means_, set_rates_
 
 
 def test_a_shift_lands_half_way_between_two_values() -> None:
@@ -72,3 +74,37 @@ def test_the_study_gives_the_ticket_of_none_the_rate_of_ap() -> None:
         assert rates["none, rate +0.2"] > rates["none"] + 0.1
         densities = {row["density"] for row in rows if row["cycle"] == cycle}
         assert len(densities) == 1
+
+
+@pytest.mark.parametrize(("name", "model", "x"), networks(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_channel_gets_the_mean_asked_for(name: str, model: nn.Module, x: torch.Tensor) -> None:
+    targets = {layer: torch.randn_like(mean) for layer, mean in means(model, x).items()}
+    set_means_(model, x, targets)
+    seen: dict[str, torch.Tensor] = {}
+    for layer in targets:
+        hook = lambda module, inputs, layer=layer: seen.update({layer: inputs[0]})  # noqa: E731
+        model.get_submodule(layer).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model.eval()(x)
+    for layer, target in targets.items():
+        z = seen[layer]
+        mean = torch.stack([z[:, channel].mean() for channel in range(z.shape[1])])
+        torch.testing.assert_close(mean, target, atol=1e-4, rtol=1e-4)
+
+
+def test_the_means_of_a_network_are_its_own() -> None:
+    _, model, x = networks()[1]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    set_means_(model, x, means(model, x))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], atol=1e-6, rtol=0)
+
+
+def test_the_study_of_means_trains_both_tickets_both_ways() -> None:
+    outcome = studies.run("means", quick=True, seeds=1)
+    rows = outcome.data["cnn"]
+    assert {row["arm"] for row in rows} == {"none", "AP", MEANS_ONLY, MEANS_KEPT}
+    assert len({row["density"] for row in rows if row["cycle"] == 1}) == 1
+    assert len(outcome.verdicts) == 3
+    accuracies = {row["arm"]: row["accuracy"] for row in rows if row["cycle"] == 2}
+    assert len(set(accuracies.values())) > 1
