@@ -1,6 +1,9 @@
 """Data sets of images, small enough to stay in memory as bytes."""
 
-from recipes.data.registry import load, names
-from recipes.data.sets import DataError, ImageData, ImageSet, MissingDataError
+from recipes.extras import needs_recipes
+
+with needs_recipes("recipes.data"):
+    from recipes.data.registry import load, names
+    from recipes.data.sets import DataError, ImageData, ImageSet, MissingDataError
 
 __all__ = ["DataError", "ImageData", "ImageSet", "MissingDataError", "load", "names"]

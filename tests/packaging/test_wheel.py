@@ -86,8 +86,15 @@ def test_where_only_the_plugin_is_the_command_says_what_to_install() -> None:
     code = "import sys; sys.modules['tyro'] = None\nfrom recipes.__main__ import main\nsys.exit(main(['list']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the experiments need tyro")
+    assert done.stderr.startswith("error: python -m recipes needs tyro, which the plugin alone does not")
     assert done.stderr.endswith("pip install 'activate-while-pruning[recipes]'\n")
+
+
+@pytest.mark.parametrize(("package", "missing"), [("data", "tqdm"), ("data", "safetensors"), ("models", "safetensors")])
+def test_where_only_the_plugin_is_an_import_says_what_to_install(package: str, missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None\nimport recipes.{package}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"recipes.{package} needs {missing}, which the plugin alone does not: pip install" in done.stderr
 
 
 @pytest.mark.slow
