@@ -28,10 +28,10 @@ def needs_recipes(what: str) -> Iterator[None]:
     except MissingExtraError:
         raise
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("ap", "pruners", "recipes"):
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "ap", "pruners", "recipes"):
             raise
         raise MissingExtraError(
-            f"{what} needs {error.name}, which the plugin alone does not: "
-            "pip install 'activate-while-pruning[recipes]'",
-            name=error.name,
+            f"{what} needs {missing}, which the plugin alone does not: pip install 'activate-while-pruning[recipes]'",
+            name=missing,
         ) from error
