@@ -10,7 +10,7 @@ from recipes.experiment import load_data
 from recipes.studies import intervals, tickets
 from recipes.studies.base import Data, Journal, Study, Table, Verdict, above, register
 from recipes.studies.intervals import Interval
-from recipes.studies.tickets import Bench, against, by_seed, rows_of
+from recipes.studies.tickets import Bench, against, by_seed, rows_of, signal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +27,8 @@ def _measure(config: Experiment, data: Any, seed: int) -> list[Data]:
     for cycle in range(1, min(len(rows_none), len(rows_ap))):
         none, ap = tickets_none[cycle], tickets_ap[cycle]
         arms = {
-            "none": rows_none[cycle],
-            "AP": rows_ap[cycle],
+            "none": rows_none[cycle] | {"start": signal(bench.rewound(none)[0], bench.probe)},
+            "AP": rows_ap[cycle] | {"start": signal(bench.rewound(ap)[0], bench.probe)},
             MEANS_ONLY: bench.with_means_of(ap, none, cycle),
             MEANS_KEPT: bench.with_means_of(none, ap, cycle),
         }
@@ -82,7 +82,7 @@ class Means(Study):
 
     @classmethod
     def tables(cls, data: Data) -> list[Table]:
-        return tickets.tables(data)
+        return [*tickets.tables(data), *(_starts(network, rows) for network, rows in data.items())]
 
     @classmethod
     def verdicts(cls, data: Data) -> list[Verdict]:
@@ -110,3 +110,20 @@ def _times(interval: Interval, sign: int) -> Interval:
     if sign > 0:
         return interval
     return Interval(-interval.mean, -interval.high, -interval.low, interval.n)
+
+
+def _starts(network: str, rows: list[Data]) -> Table:
+    """Pre-activations before the first step, layer by layer, at the first density."""
+    rows = [row for row in rows if row["cycle"] == 1]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = []
+    for layer in rows[0]["start"]:
+        starts = {arm: [row["start"][layer] for row in rows if row["arm"] == arm] for arm in arms}
+        lines.append(
+            [layer, *(" ± ".join(f"{sum(x) / len(x):.2f}" for x in zip(*starts[a], strict=True)) for a in arms)]
+        )
+    title = (
+        f"{network}: mean and standard deviation of each layer's pre-activations before the first step, "
+        f"at {100 * rows[0]['density']:.1f} % of the weights (averaged over seeds)"
+    )
+    return Table(title, ["layer", *arms], lines)

@@ -93,6 +93,18 @@ def means(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         model.train(training)
 
 
+@torch.no_grad()
+def signal(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
+    """Mean and standard deviation of all pre-activations of a layer, by the activation's dotted module path."""
+    training = model.training
+    model.eval()
+    try:
+        seen = {name: _pre_activation(model, name, images) for name in _biases(model, images)}
+    finally:
+        model.train(training)
+    return {name: [round(float(z.mean()), 5), round(float(z.std()), 5)] for name, z in seen.items()}
+
+
 def _mean(z: Tensor) -> Tensor:
     return z.transpose(0, 1).flatten(1).mean(1)
 
@@ -223,7 +235,8 @@ class Bench:
         """Trains this ticket, its units' mean pre-activations set before the first step to those of the other."""
         model, masks = self.rewound(ticket)
         set_means_(model, self.probe, means(self.rewound(other)[0], self.probe))
-        return self.fit(model, masks, cycle, lambda step: None)
+        start = signal(model, self.probe)
+        return self.fit(model, masks, cycle, lambda step: None) | {"start": start}
 
     def again(self, ticket: dict[str, Tensor], record: Record, cycle: int, by: float = 0.0) -> dict[str, Any]:
         """Trains this ticket with the layers' rates set to the recorded ones plus `by`, ten times on the way."""
@@ -236,10 +249,11 @@ class Bench:
 
 
 def rows_of(arms: dict[str, dict[str, Any]], seed: int, cycle: int) -> list[Data]:
-    kept = ("accuracy", "val_accuracy", "total", "layers")
+    """What is kept of the trainings of one ticket, a row an arm."""
+    kept = ("accuracy", "val_accuracy", "total", "layers", "start")
     density = arms["none"]["density"]
     return [
-        {"arm": arm, "seed": seed, "cycle": cycle, "density": density, **{key: row[key] for key in kept}}
+        {"arm": arm, "seed": seed, "cycle": cycle, "density": density, **{k: row[k] for k in kept if k in row}}
         for arm, row in arms.items()
     ]
 

@@ -108,3 +108,7 @@ def test_the_study_of_means_trains_both_tickets_both_ways() -> None:
     assert len(outcome.verdicts) == 3
     accuracies = {row["arm"]: row["accuracy"] for row in rows if row["cycle"] == 2}
     assert len(set(accuracies.values())) > 1
+    start = {row["arm"]: row["start"] for row in rows if row["cycle"] == 1}
+    for layer, (mean, _) in start["none"].items():
+        assert start[MEANS_KEPT][layer][0] == pytest.approx(mean, abs=1e-3)
+        assert start[MEANS_ONLY][layer][0] == pytest.approx(start["AP"][layer][0], abs=1e-3)
