@@ -158,6 +158,12 @@ class DNRMonitor:
                 total.merge(window.own)
         return total.report(mode)
 
+    def observed(self) -> tuple[str, ...]:
+        """The kinds of pass of which `report(mode)` can tell: "train", "eval", both or none."""
+        self._collect()
+        windows = {mode: (self._past[mode], self._window[mode]) for mode in MODES}
+        return tuple(mode for mode in MODES if any(w.shared.passes or w.own.passes for w in windows[mode]))
+
     def reset(self) -> None:
         """Forgets what was counted, though not `history`; the next pass is observed."""
         for mode in MODES:

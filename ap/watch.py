@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from ap.compat.called import CalledModules, stepped
 from ap.compat.loggers import CSVWriter
-from ap.dnr import DNRMonitor
+from ap.dnr import MODES, DNRMonitor
 from ap.steps import StepHandle, after_every_step
 
 _SCHEMA = 1
@@ -169,18 +169,27 @@ class Watcher:
         watched.monitor.detach()
         try:
             watched.log()
-            report = watched.monitor.report()
+            watched.monitor.report()
+            reports = {mode: watched.monitor.report(mode) for mode in watched.monitor.observed()}
         except ValueError as error:
             _say(f"{watched.name}: {error}")
             return
         finally:
             watched.writer.close()
-        result = {"schema": _SCHEMA, "model": watched.name, "steps": watched.step, "report": report.to_dict()}
+        training, evaluation = (reports[mode].to_dict() if mode in reports else None for mode in MODES)
+        result = {
+            "schema": _SCHEMA,
+            "model": watched.name,
+            "steps": watched.step,
+            "report": training,
+            "evaluation": evaluation,
+        }
         path = self.folder / watched.name / "dnr.json"
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
         partial.replace(path)
-        _say(f"{watched.name} after {watched.step} steps\n{report}")
+        tables = "\n\n".join(map(str, reports.values()))
+        _say(f"{watched.name} after {watched.step} steps\n{tables}")
 
 
 def _writer(folder: Path) -> Any:

@@ -47,7 +47,18 @@ def test_a_plain_loop_and_its_exit_status(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out/Sequential/dnr.json").read_text())
     assert result["steps"] == 6
     assert result["report"]["passes"] == 5  # all but the pass before the first step
+    assert result["evaluation"] is None
     assert list((tmp_path / "out/Sequential").glob("events.*"))
+
+
+def test_training_and_evaluation_passes_have_a_table_each(tmp_path: Path) -> None:
+    evaluation = "model.eval()\nfor _ in range(2): model(torch.full((3, 4), 9.0))\n"
+    done = _watch(tmp_path, SCRIPT + evaluation)
+    result = json.loads((tmp_path / "out/Sequential/dnr.json").read_text())
+    assert [result[kind]["passes"] for kind in ("report", "evaluation")] == [5, 2]
+    assert [result[kind]["layers"]["1"]["samples"] for kind in ("report", "evaluation")] == [80, 6]
+    tables = [line for line in done.stderr.splitlines() if line.startswith("dead-neuron rates")]
+    assert tables == ["dead-neuron rates, train passes: 5", "dead-neuron rates, eval passes: 2"]
 
 
 def test_an_exception_is_the_scripts_own(tmp_path: Path) -> None:
