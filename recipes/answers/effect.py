@@ -1,4 +1,4 @@
-"""The page of the plan `effect`, and the README's table."""
+"""The pages of the plans `effect` and `presets`, and the README's table."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 
 def parts(evidence: Evidence) -> Parts:
-    headline = {n: report_of(evidence, n) for n in evidence["folders"] if n.startswith("headline-")}
+    headline = {n: report_of(evidence, n) for n in evidence["folders"] if not n.startswith("grid-")}
     grid = {n: report_of(evidence, n) for n in evidence["folders"] if n.startswith("grid-")}
     tables, findings = [], []
     main = [([name], cell) for name, report in headline.items() for cell in _primary(report)]
     if main:
-        tables.append(compared(main, "Headline cells: the last density, magnitude pruning", ["network"]))
-        findings.append(_verdict("headline", [cell for _, cell in main]))
+        what = "headline" if evidence["plan"] == "effect" else "short runs"
+        title = "Headline cells" if what == "headline" else "Short runs"
+        tables.append(compared(main, f"{title}: the last density, magnitude pruning", ["network"]))
+        findings.append(_verdict(what, [cell for _, cell in main]))
     side = []
     for name, report in grid.items():
         _, pruner, decay = name.split("-", 2)

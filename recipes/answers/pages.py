@@ -18,6 +18,7 @@ MAKERS = {
     "dead-neurons": dead_neurons.parts,
     "depth": depth.parts,
     "effect": effect.parts,
+    "presets": effect.parts,
 }
 
 

@@ -7,9 +7,11 @@ removes what k cycles of 20 % remove, and AP has the same tenth of it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ap import activations, criteria
 from ap.names import unknown
+from recipes import presets
 from recipes.config import Experiment
 
 THREE, FIVE = round(1 - 0.8**3, 3), round(1 - 0.8**5, 4)  # p of a cycle that stands for three or five of 20 %
@@ -122,6 +124,21 @@ def _criteria() -> dict[str, Experiment]:
     }
 
 
+def _short() -> dict[str, Experiment]:
+    """Presets cut to what a CPU does in minutes: fewer images, epochs, cycles and channels, nothing else changed."""
+    cuts: dict[str, dict[str, Any]] = {
+        "resnet20-cifar10": {"width": 0.5, "train_images": 5_000, "cycles": 2},
+        "vgg19-cifar10": {"width": 0.25, "train_images": 2_000, "cycles": 2},
+        "vit-cifar10": {"width": 0.5, "train_images": 5_000, "cycles": 2},
+        "vit-relu-cifar10": {"width": 0.5, "train_images": 5_000, "cycles": 2},
+        "resnet50-tiny-imagenet": {"train_images": 500, "seeds": 1},
+        "vit-b-16-tiny-imagenet": {"train_images": 200, "seeds": 1},
+    }
+    shared: dict[str, Any] = {"ap": ("none", "lite"), "cycles": 1, "amount": FIVE, "rate": round(FIVE / 10, 4)}
+    shared |= {"seeds": 2, "epochs": 3, "threads": 1, "probe": 500}
+    return {name: replace(presets.get(f"{name}-fast").experiment, **(shared | cut)) for name, cut in cuts.items()}
+
+
 def _activations() -> dict[str, Experiment]:
     short = {"cycles": 3, "amount": FIVE, "rate": round(FIVE / 10, 4), "clip_norm": 1.0, "monitor_every": 0}
     mlp, cnn = replace(SMALL_MLP, seeds=5, **short), replace(CNN, seeds=5, **short)  # type: ignore[arg-type]
@@ -209,6 +226,16 @@ PLANS: dict[str, Plan] = {
             "AP's effect in the mean over the activations that can die minus that over those that cannot, paired by "
             "seed.",
             _activations(),
+        ),
+        Plan(
+            "presets",
+            "Do the published networks' recipes run from end to end?",
+            "The fast presets of a ResNet, a VGG, two vision transformers and, on Tiny-ImageNet, torchvision's "
+            "ResNet-50 and ViT-B/16 (which rewind to a step), cut to what a CPU does in minutes: 200 to 5,000 images, "
+            "three epochs, one or two cycles, CIFAR networks at a quarter or half of their width. What is shown is "
+            "that they train, prune, rewind and report; the accuracies are of networks that have hardly been trained, "
+            "and one or two seeds show nothing about AP.",
+            _short(),
         ),
         Plan(
             "depth",
