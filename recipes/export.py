@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import platform
 import warnings
@@ -122,17 +123,17 @@ def _onnx(model: nn.Module, example_input: Tensor) -> bytes:
         ) from error
     # Two samples, since a batch of one would be taken for a constant.
     sample = example_input[:1].repeat(2, *(1,) * (example_input.dim() - 1))
+    names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"], "verbose": False}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own deprecations
-        program = torch.onnx.export(
-            model,
-            (sample,),
-            dynamo=True,
-            verbose=False,
-            input_names=["input"],
-            output_names=["output"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
+        warnings.simplefilter("ignore")  # of the exporters' own deprecations
+        try:
+            shapes = ({0: torch.export.Dim("batch")},)
+            program = torch.onnx.export(model, (sample,), dynamo=True, dynamic_shapes=shapes, **names)
+        except torch.onnx.OnnxExporterError:  # torch 2.6 with a newer onnxscript: the older exporter does it
+            file = io.BytesIO()
+            axes = {name: {0: "batch"} for name in ("input", "output")}
+            torch.onnx.export(model, (sample,), file, dynamo=False, dynamic_axes=axes, **names)  # type: ignore[arg-type]
+            return file.getvalue()
     assert program is not None
     return program.model_proto.SerializeToString()
 

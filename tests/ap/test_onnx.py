@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from torch.torch_version import TorchVersion
 
 from ap import activations
 
@@ -17,7 +18,8 @@ def test_swapped_resnet18(name, tmp_path):
     model = torchvision.models.resnet18(num_classes=10).eval()
     assert activations.swap(model, name) == 9
     x = torch.randn(1, 3, 32, 32)
-    torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
+    dynamo = TorchVersion(torch.__version__) >= (2, 7)  # torch 2.6's stumbles over BatchNorm with a newer onnxscript
+    torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
