@@ -64,6 +64,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Job:
+    """One run: an arm with a seed."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.arm.folder}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
 class Span:
     """A number of optimizer steps, given as such ("20000it") or in epochs ("25ep").
 

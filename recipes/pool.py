@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import experiment, plots
-from recipes.config import SCHEMA, Experiment
-from recipes.experiment import Job
+from recipes.config import SCHEMA, Experiment, Job
 from recipes.report import Report, Rows, correct, write_csv
 from recipes.storage import FolderError, write_json, write_whole
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recipes.config import Experiment
-from recipes.experiment import Job
+from recipes.config import Experiment, Job
 
 
 class Progress:

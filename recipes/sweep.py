@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import experiment, models
-from recipes.config import Experiment
-from recipes.experiment import Job
+from recipes.config import Experiment, Job
 from recipes.storage import FolderError
 
 AXES = ("model", "data", "pruner", "activation", "rewind", "rate")

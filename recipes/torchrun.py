@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from recipes import distributed, experiment
-from recipes.config import Experiment
+from recipes.config import Experiment, Job
 from recipes.engine import device_of
-from recipes.experiment import Failed, Job
+from recipes.experiment import Failed
+from recipes.one_run import Say
 from recipes.progress import Progress
 from recipes.storage import locked
 
@@ -54,7 +55,7 @@ def _begin(config: Experiment, out: Path, held: ExitStack) -> tuple[int, list[Jo
     return threads, [job for job in experiment.jobs(config) if not experiment.is_done(out, job)]
 
 
-def _run_all(config: Experiment, out: Path, left: list[Job], say: experiment.Say) -> None:
+def _run_all(config: Experiment, out: Path, left: list[Job], say: Say) -> None:
     stop: Any = threading.Event()
     failures = []
     with experiment.stopping(stop, insist=False):  # a terminal's Ctrl-C comes twice, from torchrun as well

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
+from recipes.plots import save
+from recipes.storage import write_whole
 from recipes.studies.base import Outcome, Table, registered
 
 
 def write_results(outcome: Outcome, out: Path) -> None:
     """Writes `result.json`, `table.md`, `plot.png` and `page.md`, each whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "result.json", json.dumps(outcome.to_dict(), indent=1) + "\n")
-    _write(out / "table.md", "\n\n".join(table.markdown() for table in outcome.tables) + "\n")
+    write_whole(out / "result.json", json.dumps(outcome.to_dict(), indent=1) + "\n")
+    write_whole(out / "table.md", "\n\n".join(table.markdown() for table in outcome.tables) + "\n")
     _draw(outcome, out / "plot.png")
-    _write(out / "page.md", page(outcome, "plot.png"))
+    write_whole(out / "page.md", page(outcome, "plot.png"))
 
 
 def write_docs(result: Path, docs: Path) -> Path:
     """Writes `docs/studies/NAME.md` and its picture from a `result.json`, which is kept beside the page."""
     outcome = Outcome.from_dict(json.loads(result.read_text()))
     pages, images = docs / "studies", docs / "images" / "studies"
-    pages.mkdir(parents=True, exist_ok=True)
-    images.mkdir(parents=True, exist_ok=True)
-    _write(pages / f"{outcome.study}.json", json.dumps(outcome.to_dict()) + "\n")
+    write_whole(pages / f"{outcome.study}.json", json.dumps(outcome.to_dict()) + "\n")
     _draw(outcome, images / f"{outcome.study}.png")
-    _write(pages / f"{outcome.study}.md", page(outcome, f"../images/studies/{outcome.study}.png"))
-    _write(pages / "index.md", index(pages))
+    write_whole(pages / f"{outcome.study}.md", page(outcome, f"../images/studies/{outcome.study}.png"))
+    write_whole(pages / "index.md", index(pages))
     return pages / f"{outcome.study}.md"
 
 
@@ -75,19 +73,9 @@ def page(outcome: Outcome, picture: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def _draw(outcome: Outcome, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     registered()[outcome.study].plot(outcome.data, figure)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", dpi=110)
-    os.replace(part, path)
+    save(figure, path)

@@ -13,8 +13,8 @@ import pytest
 
 from recipes import experiment
 from recipes.cli import main
-from recipes.config import Arm, Experiment
-from recipes.experiment import Job, jobs
+from recipes.config import Arm, Experiment, Job
+from recipes.experiment import jobs
 from recipes.report import Report, baseline_of, of_folder
 from recipes.storage import FolderError, locked, read_rows
 

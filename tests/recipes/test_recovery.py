@@ -7,10 +7,9 @@ import torch
 
 from ap.cycles import Cycles, Run
 from recipes import experiment
-from recipes.config import Arm, Experiment
+from recipes.config import Arm, Experiment, Job
 from recipes.data import load
 from recipes.engine import Diverged, Engine, Stopped
-from recipes.experiment import Job
 from recipes.models import create
 from recipes.recovery import Recovery
 from recipes.storage import Checkpoints, read_rows

@@ -16,10 +16,9 @@ from torch import nn
 from ap import Masks
 from recipes import distributed, experiment
 from recipes.cli import main
-from recipes.config import Arm, Experiment
+from recipes.config import Arm, Experiment, Job
 from recipes.data import load
 from recipes.engine import Diverged, Engine
-from recipes.experiment import Job
 from recipes.models import create
 from recipes.storage import Checkpoints, read_rows
 

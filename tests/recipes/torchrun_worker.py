@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import pruners
-from recipes import distributed, experiment
+from recipes import distributed, one_run
 from recipes.cli import main
 from recipes.step import Step
 
@@ -59,7 +59,7 @@ def own_scores():
 
 if __name__ == "__main__":
     fault, rank, number, *command = sys.argv[1:]
-    experiment.SAVE_EVERY_S = 0.0  # a checkpoint after every epoch
+    one_run.SAVE_EVERY_S = 0.0  # a checkpoint after every epoch
     if fault == "slow":
         slow_down()
     if os.environ["RANK"] == rank:
