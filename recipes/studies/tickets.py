@@ -83,6 +83,34 @@ def set_means_(model: nn.Module, images: Tensor, targets: Mapping[str, Tensor]) 
 
 
 @torch.no_grad()
+def set_signal_(model: nn.Module, images: Tensor, like: nn.Module) -> None:
+    """Gives every unit the mean, and every layer the spread, of its pre-activations in another network.
+
+    Layers are set in the order they run: first the weights and biases before an activation are multiplied by one number
+    until the standard deviation of its pre-activations around their units' means is the wanted one, then each unit's
+    bias is shifted as `set_means_` does. (In the manner of the layer-sequential unit-variance initialisation of Mishkin
+    and Matas 2016, with a network's own values in the place of 0 and 1.) Without residual sums, which one layer's
+    weights do not scale.
+
+    Args:
+        model, like: of the same architecture, with activations as modules of their own; `like` is left in eval mode.
+        images: [N, C, H, W], on the models' device.
+    """
+    training = model.training
+    like.eval()
+    model.eval()
+    try:
+        for name, owner in _biases(model, images).items():
+            wanted, found = (_pre_activation(network, name, images) for network in (like, model))
+            factor = _spread(wanted) / _spread(found)
+            for parameter in owner.parameters():
+                parameter.mul_(factor)
+            owner.bias += _mean(wanted) - factor * _mean(found)  # type: ignore[operator]
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
 def means(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The mean pre-activation of every channel on these images, by the activation's dotted module path."""
     training = model.training
@@ -107,6 +135,11 @@ def signal(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
 
 def _mean(z: Tensor) -> Tensor:
     return z.transpose(0, 1).flatten(1).mean(1)
+
+
+def _spread(z: Tensor) -> Tensor:
+    units = z.transpose(0, 1).flatten(1)
+    return (units - units.mean(1, keepdim=True)).square().mean().sqrt()
 
 
 def _shift(z: Tensor, rate: float) -> Tensor:
@@ -235,6 +268,15 @@ class Bench:
         """Trains this ticket, its units' mean pre-activations set before the first step to those of the other."""
         model, masks = self.rewound(ticket)
         set_means_(model, self.probe, means(self.rewound(other)[0], self.probe))
+        return self._fit_once(model, masks, cycle)
+
+    def with_signal_of_dense(self, ticket: dict[str, Tensor], cycle: int) -> dict[str, Any]:
+        """Trains this ticket, its signal set before the first step to that of the network before any pruning."""
+        model, masks = self.rewound(ticket)
+        set_signal_(model, self.probe, self.model())
+        return self._fit_once(model, masks, cycle)
+
+    def _fit_once(self, model: nn.Module, masks: Masks, cycle: int) -> dict[str, Any]:
         start = signal(model, self.probe)
         return self.fit(model, masks, cycle, lambda step: None) | {"start": start}
 

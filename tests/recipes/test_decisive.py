@@ -9,7 +9,7 @@ from torch import nn
 from ap import measure_dnr
 from recipes import models, studies
 from recipes.studies.decisive import RATE_ONLY
-from recipes.studies.means import MEANS_KEPT, MEANS_ONLY
+from recipes.studies.means import AP_RESTORED, MEANS_KEPT, MEANS_ONLY, NONE_RESTORED
 from recipes.studies.tickets import _biases, _shift, means, set_means_, set_rates_
 
 
@@ -103,12 +103,15 @@ def test_the_means_of_a_network_are_its_own() -> None:
 def test_the_study_of_means_trains_both_tickets_both_ways() -> None:
     outcome = studies.run("means", quick=True, seeds=1)
     rows = outcome.data["cnn"]
-    assert {row["arm"] for row in rows} == {"none", "AP", MEANS_ONLY, MEANS_KEPT}
+    assert {row["arm"] for row in rows} == {"none", "AP", MEANS_ONLY, MEANS_KEPT, NONE_RESTORED, AP_RESTORED}
     assert len({row["density"] for row in rows if row["cycle"] == 1}) == 1
-    assert len(outcome.verdicts) == 3
+    assert len(outcome.verdicts) == 4
     accuracies = {row["arm"]: row["accuracy"] for row in rows if row["cycle"] == 2}
     assert len(set(accuracies.values())) > 1
     start = {row["arm"]: row["start"] for row in rows if row["cycle"] == 1}
     for layer, (mean, _) in start["none"].items():
         assert start[MEANS_KEPT][layer][0] == pytest.approx(mean, abs=1e-3)
         assert start[MEANS_ONLY][layer][0] == pytest.approx(start["AP"][layer][0], abs=1e-3)
+        assert start[AP_RESTORED][layer] == pytest.approx(start[NONE_RESTORED][layer], abs=1e-3)
+    with pytest.raises(ValueError, match="mlp, cnn or vgg"):
+        studies.run("means", quick=True, networks=("resnet",))
