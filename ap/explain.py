@@ -18,6 +18,8 @@ from ap.dnr_report import align
 from ap.graph import Node, contexts_of, trace
 from ap.names import refuse_wrappers
 
+_DEEP = 4  # measured (docs/results/depth.md): two such layers gain, seven lose; in between nothing is known
+
 
 @dataclass(frozen=True)
 class ExplainedLayer:
@@ -66,7 +68,7 @@ class Explanation:
             )
         lines = align(table, right=(2,))
         rule = "-" * max(len(line) for line in lines)
-        return "\n".join([lines[0], rule, *lines[1:], rule, self.summary])
+        return "\n".join([lines[0], rule, *lines[1:], rule, self.summary, *self.warnings])
 
     @property
     def summary(self) -> str:
@@ -80,9 +82,24 @@ class Explanation:
 
         return f"AP's argument, over {len(self.rows)} layers: " + ", ".join(map(share, ("holds", "weakened", "fails")))
 
+    @property
+    def warnings(self) -> list[str]:
+        """What can go wrong although the argument holds; empty if nothing is known."""
+        longest = run = 0
+        for row in self.rows:
+            run = run + 1 if row.verdict == "holds" else 0
+            longest = max(longest, run)
+        if longest < _DEEP:
+            return []
+        return [
+            f"Careful: {longest} of these layers follow one another without normalisation. Removing negative weights "
+            "only raises the mean of each layer's output, the next layer amplifies it, and a rewound network may no "
+            'longer train. Compare with no AP, or take criterion="least-moved".'
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain types, ready for JSON."""
-        return {"summary": self.summary, "rows": [vars(row).copy() for row in self.rows]}
+        return {"summary": self.summary, "warnings": self.warnings, "rows": [vars(row).copy() for row in self.rows]}
 
 
 def explain(model: nn.Module, example_input: Any = None) -> Explanation:

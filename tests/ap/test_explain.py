@@ -30,6 +30,18 @@ def test_plain_vgg_is_where_the_argument_holds():
     assert [verdict for verdict, _ in result.values()] == ["fails", *["holds"] * 9, "fails"]
 
 
+def test_many_layers_without_normalisation_are_a_danger_and_few_or_normalised_ones_are_not():
+    deep = explain(torchvision.models.vgg11())
+    assert len(deep.warnings) == 1
+    assert "9 of these layers follow one another" in deep.warnings[0]
+    assert str(deep).endswith(deep.warnings[0])
+    assert deep.to_dict()["warnings"] == deep.warnings
+    assert explain(torchvision.models.vgg11_bn()).warnings == []
+    assert explain(torchvision.models.alexnet()).warnings != []
+    shallow = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert explain(shallow).warnings == []
+
+
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [
