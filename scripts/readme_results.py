@@ -1,4 +1,4 @@
-"""Writes measured tables into the README, between its markers: an experiment's, and that of the measured answers.
+"""Writes what was measured into the README, between its markers: an experiment's sentence, the answers' table.
 
 python scripts/readme_results.py runs/quickstart "scripts/run"
 python scripts/readme_results.py answers
@@ -60,7 +60,7 @@ def write(name: str, text: str) -> None:
 
 
 def quickstart(out: Path, command: str) -> None:
-    """An experiment's sentence, table and figure."""
+    """An experiment's sentence, and its pictures."""
     report = of_folder(out)
     report.save(out)
     picture = ROOT / "docs" / "images" / "quickstart.png"
@@ -68,18 +68,11 @@ def quickstart(out: Path, command: str) -> None:
     shutil.copyfile(out / "comparison.png", picture)
     shutil.copyfile(out / "layers.png", picture.with_name("quickstart-layers.png"))
     config = report.config
-    seeds = config.seed_list
     text = f"""`{command}`, the small question that fits a laptop, gives:
 
 > {report.sentence()}
 
-{config.model} on {config.data}, pruner `{config.pruner}`; each cycle removes {percent(config.amount)} of the weights
-alive, in `lite` {percent(config.amount - config.rate)} by the pruner and {percent(config.rate)} by AP. Seeds {seeds[0]}
-to {seeds[-1]},
-mean ± 95 % confidence interval over seeds, test images; Δ is the paired difference. DNR: dead-neuron rate.
-Measured on {machine()}.
-
-{report.markdown()}"""
+({config.model} on {config.data}, pruner `{config.pruner}`, {len(config.seed_list)} seeds; {machine()}.)"""
     write("quickstart", text)
 
 
