@@ -68,7 +68,9 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         self.captured = config.step == "captured" or (config.step == "auto" and can_capture(config, self.device))
         self._compiled: tuple[nn.Module, nn.Module] | None = None
-        self.channels_last = on_gpu  # on a CPU small convolutions are slower with it
+        # On a CPU it is enough that the batches are: convolutions follow them, and with weights in this format as well
+        # a step of a ResNet-20, VGG-11, MobileNet-V2 or small CNN took 0.99 to 1.05 × the time, pruning up to 1.9 ×.
+        self.channels_last = on_gpu
         self.half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
         if on_gpu:
             torch.backends.cudnn.benchmark = not config.deterministic
