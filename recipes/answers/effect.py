@@ -95,12 +95,14 @@ def _verdict(what: str, cells: list[dict[str, Any]]) -> str:
     differences = [100 * cell["accuracy_difference"].difference for cell in cells]
     seen = [100 * d for cell in cells if (d := cell["accuracy_difference"].detectable) is not None]
     dnr = [100 * cell["dnr_total_difference"].difference for cell in cells if cell["dnr_total_difference"]]
+    spread = f"differences from {min(differences):+.2f} to {max(differences):+.2f} points"
+    if not seen:
+        return f"**{what}**: one seed each, which shows nothing about AP; {spread}."
     parts = [
         f"**{what}**: AP is better in {len(better)} and worse in {len(worse)} of {len(cells)} comparisons",
         f"shown to be equivalent within ±0.5 points in {equal}",
-        f"differences from {min(differences):+.2f} to {max(differences):+.2f} points "
-        f"(median {np.median(differences):+.2f}), of which {min(seen, default=np.nan):.2f} to "
-        f"{max(seen, default=np.nan):.2f} could have been seen",
+        f"{spread} (median {np.median(differences):+.2f}), of which {min(seen):.2f} to {max(seen):.2f} could have "
+        "been seen",
         f"the total dead-neuron rate changes by {min(dnr):+.1f} to {max(dnr):+.1f} points",
     ]
     return "; ".join(parts) + "."
