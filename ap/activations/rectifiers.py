@@ -49,7 +49,8 @@ class _HeLUInGraphs(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        return F.relu(x), x > -alpha
+        # Bytes made from floats: compiled for a CPU, storing and loading bools takes ten times as long.
+        return F.relu(x), (x > -alpha).to(x.dtype).to(torch.uint8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
