@@ -221,8 +221,9 @@ PLANS: dict[str, Plan] = {
             "weights in three cycles, none and lite. Learning rates are those of the ReLU networks and gradients are "
             "clipped to a norm of 1, for all: an activation that wants another rate is at a disadvantage here. Two "
             "tables for each network, each with Holm's correction over its lines: test accuracy against ReLU, dense "
-            "and pruned, and AP's effect at the last density. The published explanation makes a prediction: an activation that cannot die has "
-            "no dead neurons for AP to wake, so AP should gain less there than where neurons die. Primary outcome: "
+            "and pruned, and AP's effect at the last density. The published explanation makes a prediction: an "
+            "activation that cannot die has no dead neurons for AP to wake, so AP should gain less there than where "
+            "neurons die. Primary outcome: "
             "AP's effect in the mean over the activations that can die minus that over those that cannot, paired by "
             "seed.",
             _activations(),
