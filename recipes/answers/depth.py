@@ -38,6 +38,8 @@ def parts(evidence: Evidence) -> Parts:
     ]
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
         axes = figure.subplots()
         curves = dict.fromkeys((network, c["arm"]) for network, c in cells)
         for i, (network, arm) in enumerate(curves):
@@ -46,10 +48,19 @@ def parts(evidence: Evidence) -> Parts:
             e = [100 * (c["accuracy_difference"].half_width or 0) for c in its]
             x = [c["density"] * (1 + 0.02 * i) for c in its]
             axes.errorbar(
-                x, y, e, color=COLOURS[i % len(COLOURS)], marker=".", capsize=2, label=f"{_name(its[0])}, {network}"
+                x,
+                y,
+                e,
+                color=COLOURS[i % len(COLOURS)],
+                marker=".",
+                capsize=2,
+                label=f"{_name(its[0]).strip('`')}, {network}",
             )
         axes.axhline(0, color="0.7", zorder=0)
         axes.set(xscale="log", xlabel="density", ylabel="Δ test accuracy, points")
+        axes.set_xticks(sorted({c["density"] for _, c in cells}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.1f} %"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.invert_xaxis()
         axes.legend(fontsize="small")
 
