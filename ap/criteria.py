@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ap.graph_trace import unwrap
 from ap.names import unknown
+from ap.ranks import reduce_over_ranks
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ def layer_statistics(
     activations: Mapping[str, str | None],
     batches: Iterable[object],
 ) -> dict[str, LayerStatistics]:
-    """Measures what `most-waking` needs, in evaluation mode.
+    """Measures what `most-waking` needs, in evaluation mode, over the batches of all ranks of torch.distributed.
 
     Args:
         model: the model to run.
@@ -330,6 +332,7 @@ def layer_statistics(
     """
     from ap.dnr import measure_dnr
 
+    model = unwrap(model)  # DistributedDataParallel would wait for the other ranks in each pass
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     hooks = []
     for name, module in layers.items():
@@ -360,7 +363,11 @@ def layer_statistics(
             rates = layer.dead_rate_per_channel()
             if rates.numel() == rows:  # otherwise something between them mixes channels: no row can be told apart
                 dead = rates
+        total = torch.tensor(count, device=mean.device)
+        reduce_over_ranks([total])
+        dead = dead.to(mean) * (count / int(total))
+        reduce_over_ranks([mean, square, dead])
         statistics[name] = LayerStatistics(
-            mean / count, square / count, dead.to(mean), int(getattr(module, "groups", 1))
+            mean / int(total), square / int(total), dead, int(getattr(module, "groups", 1))
         )
     return statistics

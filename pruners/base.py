@@ -15,6 +15,7 @@ from ap.graph_trace import unwrap
 from ap.masks import Masks, Scope, check_share
 from ap.names import unknown
 from ap.ranking import pieces
+from ap.ranks import reduce_over_ranks
 from pruners.densities import check_density, remove_lowest
 from pruners.schedules import exponential, removed_by
 
@@ -349,10 +350,3 @@ def run_batches(model: nn.Module, batches: Batches) -> None:
 def repeatable(batches: Batches) -> Batches:
     """The batches, as a list where they could be read only once."""
     return list(batches) if isinstance(batches, Iterator) else batches
-
-
-def reduce_over_ranks(tensors: Iterable[Tensor]) -> None:
-    """Sums each tensor over the ranks of torch.distributed, so that every rank prunes the same weights."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)

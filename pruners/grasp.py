@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ap.graph_trace import unwrap
 from ap.masks import Masks
+from ap.ranks import reduce_over_ranks
 from pruners.base import (
     Batches,
     LossFn,
     Pruner,
     on_device,
-    reduce_over_ranks,
     register,
     repeatable,
     summed_gradients,

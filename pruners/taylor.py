@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ap.masks import Masks
-from pruners.base import Batches, LossFn, Pruner, batch_gradients, reduce_over_ranks, register
+from ap.ranks import reduce_over_ranks
+from pruners.base import Batches, LossFn, Pruner, batch_gradients, register
 
 
 @register("taylor")

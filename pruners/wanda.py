@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ap.masks import Masks
-from pruners.base import Batches, LossFn, Pruner, reduce_over_ranks, register, run_batches
+from ap.ranks import reduce_over_ranks
+from pruners.base import Batches, LossFn, Pruner, register, run_batches
 
 
 @register("wanda")

@@ -185,5 +185,5 @@ def check_masks(masks: Masks, when: str) -> None:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             raise Disagreement(
                 f"rank {number} has another mask than rank 0 in {odd[0]}{more}, {when}: a pruner whose scores differ "
-                "between ranks must reduce them, see pruners.base.reduce_over_ranks"
+                "between ranks must reduce them, see ap.ranks.reduce_over_ranks"
             )

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ap import criteria
 from ap.activations import param_groups
 from recipes import distributed
 from recipes.config import Experiment
@@ -131,8 +130,7 @@ class Engine:
         order, size = self.train_set.epoch(self.seed, 0).order, config.batch_size
         count = min(config.score_batches, len(order) // size)
         which = range(count)
-        measuring = any(criteria.measures(arm.criterion) for arm in config.arms)
-        reduced = not config.pruner.startswith("structured-") and not measuring
+        reduced = not config.pruner.startswith("structured-")
         if reduced and count % distributed.size() == 0:
             which = which[distributed.rank() :: distributed.size()]
         return [self.train_set.plain(order[i * size : (i + 1) * size]) for i in which]

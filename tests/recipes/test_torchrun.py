@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from ap import Masks
+from ap import AP, Masks, criteria
 from recipes import distributed, experiment
 from recipes.cli import main
 from recipes.config import Arm, Experiment, Job
@@ -147,6 +147,25 @@ def test_ranks_that_prune_differently_stop_the_run(tmp_path):
 # --- what ranks agree on, without a run ----------------------------------------------------------------------------
 
 
+MEASURING = [name for name in criteria.names() if criteria.measures(name)]
+DRAWN = torch.Generator().manual_seed(1)
+HALVES = [torch.rand(size, 8, generator=DRAWN) * torch.rand(8, generator=DRAWN) ** 2 for size in (20, 50)]
+
+
+def chosen(criterion, batches):
+    """What AP would remove from a small network, by a criterion that measures these batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4), nn.ReLU())
+    if distributed.size() > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    plugin = AP(model, criterion=criterion, batches=batches)
+    plugin.mark_start()
+    try:
+        return dict(plugin.preview(count=30))
+    finally:
+        plugin.detach()
+
+
 def connected(rank, store, results):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -193,6 +212,7 @@ def connected(rank, store, results):
         Engine(Experiment(batch_size=63, device="cpu"), data, 0)
     except ValueError as error:
         found["refused"] = str(error)
+    found["chosen"] = {criterion: chosen(criterion, [HALVES[rank]]) for criterion in MEASURING}
     found["dropout"] = [engine.training(network, 0, 0) and float(torch.rand(()))]
     torch.save(found, f"{results}.{rank}")
     dist.destroy_process_group()
@@ -222,6 +242,12 @@ def test_what_ranks_agree_on(tmp_path):
     assert first["evaluated"][0] == alone[0]
     assert first["evaluated"][1] == pytest.approx(alone[1], rel=1e-6)
     assert first["dropout"] != second["dropout"]
+    for criterion in MEASURING:
+        alone = chosen(criterion, HALVES)
+        assert any(not torch.equal(mask, alone[name]) for name, mask in chosen(criterion, HALVES[:1]).items())
+        for name, mask in alone.items():
+            assert torch.equal(first["chosen"][criterion][name], mask)
+            assert torch.equal(second["chosen"][criterion][name], mask)
 
 
 @pytest.fixture
