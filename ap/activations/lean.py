@@ -85,7 +85,7 @@ class _Lean(torch.autograd.Function):
 
 def number(parameter: Number) -> Number:
     """A shared parameter as a float where reading it costs nothing, which is on a CPU."""
-    plain = isinstance(parameter, Tensor) and parameter.numel() == 1 and _is_plain_cpu(parameter)
+    plain = isinstance(parameter, Tensor) and parameter.numel() == 1 and is_plain_cpu(parameter)
     return float(parameter) if plain else parameter
 
 
@@ -93,7 +93,7 @@ def blocks(tensors: Sequence[Tensor], *parameters: Number) -> Iterator[tuple[Ten
     """The same parts of tensors of one shape, together all of them: on a CPU so small that they stay in the cache."""
     first = tensors[0]
     size = _BLOCK * torch.get_num_threads()
-    if first.numel() <= size or not all(map(_is_plain_cpu, tensors)):
+    if first.numel() <= size or not all(map(is_plain_cpu, tensors)):
         yield tuple(tensors)
         return
     varying = [p for p in parameters if isinstance(p, Tensor) and p.numel() > 1]
@@ -110,7 +110,8 @@ def blocks(tensors: Sequence[Tensor], *parameters: Number) -> Iterator[tuple[Ten
         yield tuple(tensor[start : start + step] for tensor in tensors)
 
 
-def _is_plain_cpu(tensor: Tensor) -> bool:
+def is_plain_cpu(tensor: Tensor) -> bool:
+    """Whether NumPy may look at it, and its operations wait for nothing."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 

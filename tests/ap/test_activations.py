@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -214,6 +215,25 @@ def test_helu_backward_is_exact_at_its_threshold():
     torch.testing.assert_close(y, torch.relu(x))
     (y * weight).sum().backward()
     assert x.grad.tolist() == [0.0, 0.0, 30.0, 40.0, 50.0, 60.0]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_helu_compares_alike_in_every_type_with_any_number_of_threads(dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # chooses how to compare, the result is the same
+    x = torch.tensor([-INF, -1.0, -0.5, -0.25, -0.0, 0.0, 2.0, INF, float("nan")], dtype=dtype, requires_grad=True)
+    f.helu(x, 0.5).backward(torch.arange(1, 10, dtype=dtype))
+    assert x.grad.tolist() == [0, 0, 0, 4, 5, 6, 7, 8, 0]
+    point = torch.tensor(-0.25, dtype=dtype, requires_grad=True)
+    f.helu(point, 0.5).backward()
+    assert point.grad.item() == 1
+
+
+def test_helu_takes_an_alpha_beyond_its_inputs_type():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = torch.tensor([-INF, torch.finfo(torch.float32).min, 1.0])
+        assert gradient(lambda x: f.helu(x, 1e300), x).tolist() == [0, 1, 1]
 
 
 def test_helu_limits_and_that_it_fails_gradcheck_only_inside_its_band():
