@@ -27,6 +27,12 @@ def parts(evidence: Evidence) -> Parts:
         title = "Headline cells" if what == "headline" else "Short runs"
         tables.append(compared(main, f"{title}: the last density, magnitude pruning", ["network"]))
         findings.append(_verdict(what, [cell for _, cell in main]))
+    other = [
+        ([n], cell) for n, report in headline.items() for cell in cells_at(report) if cell["arm"] == f"lite:{CHOSEN}"
+    ]
+    if other:
+        tables.append(compared(other, f"{title}: `{CHOSEN}` in the place of AP's criterion", ["network"]))
+        findings.append(_verdict(f"{what}, `{CHOSEN}`", [cell for _, cell in other], f"`{CHOSEN}`"))
     side = []
     for name, report in grid.items():
         _, pruner, decay = name.split("-", 2)
@@ -89,7 +95,7 @@ def _primary(report: Report) -> list[dict[str, Any]]:
     return [c for c in cells_at(report) if (c["arm"], c["baseline"]) in (("lite", "none"), ("pro", "pro:pruner"))]
 
 
-def _verdict(what: str, cells: list[dict[str, Any]]) -> str:
+def _verdict(what: str, cells: list[dict[str, Any]], who: str = "AP") -> str:
     better, worse = significant(cells, 1), significant(cells, -1)
     equal = sum(bool(cell["accuracy_difference"].equivalent) for cell in cells)
     differences = [100 * cell["accuracy_difference"].difference for cell in cells]
@@ -97,9 +103,9 @@ def _verdict(what: str, cells: list[dict[str, Any]]) -> str:
     dnr = [100 * cell["dnr_total_difference"].difference for cell in cells if cell["dnr_total_difference"]]
     spread = f"differences from {min(differences):+.2f} to {max(differences):+.2f} points"
     if not seen:
-        return f"**{what}**: one seed each, which shows nothing about AP; {spread}."
+        return f"**{what}**: one seed each, which shows nothing about {who}; {spread}."
     parts = [
-        f"**{what}**: AP is better in {len(better)} and worse in {len(worse)} of {len(cells)} comparisons",
+        f"**{what}**: {who} is better in {len(better)} and worse in {len(worse)} of {len(cells)} comparisons",
         f"shown to be equivalent within ±0.5 points in {equal}",
         f"{spread} (median {np.median(differences):+.2f}), of which {min(seen):.2f} to {max(seen):.2f} could have "
         "been seen",

@@ -19,6 +19,7 @@ DECAY = 5e-4
 PRUNERS = ("magnitude", "gradient", "lamp", "lookahead", "synflow")
 ARMS = ("none", "lite", "pro", "pro:pruner")
 CHOSEN = "least-moved"  # what the rule of the plan `criteria` picked
+HEADLINE = ("none", "lite", f"lite:{CHOSEN}")
 FRESH = 1000  # the first of the seeds that nothing was chosen on
 
 MLP = Experiment(
@@ -179,10 +180,10 @@ PLANS: dict[str, Plan] = {
             "set on the dense network. The arm least-moved came to the headline after the plan `criteria` had picked "
             "it, before any headline run of it.",
             {
-                "headline-mlp": replace(MLP, ap=("none", "lite", f"lite:{CHOSEN}"), seeds=10, cycles=6),
-                "headline-mlp-decay": replace(MLP, ap=("none", "lite"), seeds=10, cycles=6, weight_decay=DECAY),
-                "headline-resnet": replace(RESNET, seeds=6),
-                "headline-vgg": replace(VGG, seeds=6),
+                "headline-mlp": replace(MLP, ap=HEADLINE, seeds=10, cycles=6),
+                "headline-mlp-decay": replace(MLP, ap=HEADLINE, seeds=10, cycles=6, weight_decay=DECAY),
+                "headline-resnet": replace(RESNET, ap=HEADLINE, seeds=6),
+                "headline-vgg": replace(VGG, ap=HEADLINE, seeds=6),
                 **_grid(),
             },
         ),
