@@ -45,6 +45,13 @@ def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
     return torch.compiler.disable(function, **({"reason": _WHY_NOT_COMPILED} if gives_reason else {}))  # type: ignore[no-any-return]
 
 
+class _RootHook(partial):  # type: ignore[type-arg]
+    """A `Hook` that takes no Python call of its own: this one is part of every pass."""
+
+    __deepcopy__ = Hook.__deepcopy__
+    __reduce__ = Hook.__reduce__
+
+
 class _Window:
     """Counts of one kind of pass: summed over ranks until the last sync(), and this rank's own since."""
 
@@ -93,6 +100,7 @@ class DNRMonitor:
         self._passes = dict.fromkeys(MODES, 0)
         self._handles: list[Any] = []
         self._watch: Watch | None = None
+        self._outside: tuple[Callable[..., None], ...] = ()  # what the hooks call where a graph is being compiled
         # Which threads are in a pass, and how deep. Each changes its own entry only, so that no lock is needed.
         self._inside: dict[int, int] = {}
         self._overlaps = 0  # changes whenever a thread begins a pass in the middle of another's
@@ -111,9 +119,10 @@ class DNRMonitor:
             names = {module: name for name, module in named_modules(self.model)}
             _refuse_if_nothing_can_die(names, self.eps)
             self._watch = Watch(names, self.eps)
+            self._outside = (_uncompiled(DNRMonitor._enter), _uncompiled(DNRMonitor._leave))
             self._handles = [
-                self.model.register_forward_pre_hook(Hook(partial(_uncompiled(DNRMonitor._enter), self))),
-                self.model.register_forward_hook(Hook(partial(_uncompiled(DNRMonitor._leave), self)), always_call=True),
+                self.model.register_forward_pre_hook(_RootHook(DNRMonitor._enter, self)),
+                self.model.register_forward_hook(_RootHook(DNRMonitor._leave, self), always_call=True),
             ]
         return self
 
@@ -252,23 +261,37 @@ class DNRMonitor:
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, outside: bool = False) -> None:
+        if not outside and torch.compiler.is_compiling():
+            self._outside[0](self, module, args, True)
+            return
         me, before = threading.get_ident(), self._overlaps
-        if me in self._inside and not _is_nested(self.model):  # the last pass was interrupted, by Ctrl-C for example
-            del self._inside[me]
+        if me not in self._inside:
+            self._inside[me] = 1
+        elif _is_nested(self.model):
+            self._inside[me] += 1
+            return
+        else:  # the last pass was interrupted, by Ctrl-C for example
+            self._inside[me] = 1
             if self._observer[0] == me:
                 self._abandon()
-        depth = self._inside[me] = self._inside.get(me, 0) + 1
-        if depth > 1 or self._watch is None or self._paused or torch.jit.is_tracing() or _is_exporting():
+        if self._watch is None or self._paused:
             return
         if len(self._inside) > 1 and self._is_beside_others():
             return
         mode = "train" if self.model.training else "eval"
-        if self._into is not None or self.due(mode):
-            self._observed, self._observer = mode, (me, before)
-            self._watch.begin()
+        if self._into is None and not self.due(mode):
+            return  # nearly always: what comes before costs every pass
+        if torch.jit.is_tracing() or _is_exporting():  # the next pass is due instead
+            self._passes[mode] -= self._into is None
+            return
+        self._observed, self._observer = mode, (me, before)
+        self._watch.begin()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any, outside: bool = False) -> None:
+        if not outside and torch.compiler.is_compiling():
+            self._outside[1](self, module, args, output, True)
+            return
         me = threading.get_ident()
         depth = self._inside.pop(me, 0) - 1
         if depth > 0:

@@ -56,5 +56,5 @@ def after_every_step(function: AfterStep, owner: object | None = None) -> StepHa
 
 
 def _call_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for function in list(_functions.values()):
+    for function in _functions.values():
         function(optimizer, args, kwargs)

@@ -33,7 +33,8 @@ def test_against_the_formula_in_double_precision(decay):
             assert tensor == 40
             continue
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
-        assert not torch.equal(tensor, last[name])
+        if tensor.dim() > 1:  # a bias before BatchNorm may get no gradient at all
+            assert not torch.equal(tensor, last[name])
 
 
 def test_dead_weights_are_exactly_0_in_the_mean():
