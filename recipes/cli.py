@@ -156,12 +156,14 @@ class Resume:
 
 def _resume(arguments: list[str]) -> int:
     options = tyro.cli(Resume, args=arguments, prog="python -m recipes resume")
-    for out in sweep.folders(options.out):
-        config = experiment.load(out)
-        experiment.refuse_code_inside(out, config)
-        experiment.refuse_code_inside(options.out, config)  # of a sweep
-        if status := execute(config, out, options.workers, options.quiet):
-            return status
+    folders = sweep.folders(options.out)
+    with distributed.joined():
+        for out in folders:
+            config = experiment.load(out)
+            experiment.refuse_code_inside(out, config)
+            experiment.refuse_code_inside(options.out, config)  # of a sweep
+            if status := execute(config, out, options.workers, options.quiet):
+                return status
     return 0
 
 

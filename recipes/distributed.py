@@ -80,11 +80,15 @@ def local_device(name: str) -> str:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Inside, the processes are connected, by gloo, and their GPUs by NCCL as well."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+def joined() -> Iterator[None]:
+    """Inside, the processes are connected, by gloo, and their GPUs by NCCL as well.
+
+    They can be only once: what torchrun has them meet by does not forget where they were found the first time.
+    """
+    if not launched() or _joined():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield
     finally:

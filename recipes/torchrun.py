@@ -35,7 +35,10 @@ def execute(config: Experiment, out: Path, quiet: bool, held: ExitStack) -> None
         Stopped: by SIGINT or SIGTERM to any process, after the run has saved where it stands.
         Failed: runs diverged; the others were made.
     """
-    with distributed.joined(device_of(config.device)):
+    device = device_of(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with distributed.joined():
         threads, left = distributed.on_main(lambda: _begin(config, out, held))
         torch.set_num_threads(threads)
         distributed.on_main(lambda: experiment.load_data(config) and None)  # packed by one, then read by all

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from ap import AP, Masks, criteria
-from recipes import distributed, experiment
+from recipes import distributed, experiment, sweep
 from recipes.cli import main
 from recipes.config import Arm, Experiment, Job
 from recipes.data import load
@@ -134,6 +134,25 @@ def test_a_rank_that_dies_stops_the_others_within_a_minute_and_the_run_resumes(t
     status, _, error = finished(torchrun(tmp_path / "killed", command=["resume"]))
     assert status == 0, error[-2000:]
     assert_equal(result(tmp_path / "killed"), result(tmp_path / "whole"), rel=0, abs=0)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_resumed_by_two_processes_also_after_one_died_in_its_second_experiment(tmp_path):
+    options = {"cycles": 1, "epochs": 1, "seeds": 1, "batch_size": 60, "lr": 0.02, "threads": 1, "device": "cpu"}
+    base = Experiment(model="lenet-300-100", ap=("lite:most-waking",), **options)
+    for out in (tmp_path / "one", tmp_path / "two"):
+        for folder, config in sweep.experiments(base, {"pruner": ["magnitude", "taylor"]}, out).items():
+            experiment.prepare(config, folder)
+    assert main(["resume", str(tmp_path / "one"), "--quiet"]) == 0
+    assert finished(torchrun(tmp_path / "two", "kill", 1, 50, command=["resume"]))[0] != 0
+    first, second = sweep.folders(tmp_path / "two")
+    assert (first / "summary.json").exists()
+    assert not (second / "summary.json").exists()
+    status, printed, error = finished(torchrun(tmp_path / "two", command=["resume"]))
+    assert status == 0, error[-2000:]
+    assert printed.count("tables: ") == 2
+    for folder in (first, second):
+        assert_equal(result(tmp_path / "one" / folder.name), result(folder), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow
