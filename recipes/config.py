@@ -126,6 +126,8 @@ class Experiment:
     """Where the weights go back to after each pruning: init, a step (500it, 2ep), lr, or none to fine-tune."""
     score_batches: int = 10
     """How many batches of training images a pruner or criterion that needs data is given."""
+    score_size: int | None = None
+    """How many images each of these batches has; as --batch-size if not given."""
     seeds: int = 3
     """How many seeds: 0 … N−1. Arms of one seed share initial weights, data order and augmentation."""
     first_seed: int = 0
@@ -223,7 +225,9 @@ class Experiment:
     threads: int | None = None
     """CPU threads of each run, which the last bits of the results depend on; shared out among the runs if None."""
     monitor_every: int = 50
-    """Dead neurons during training are counted in every n-th pass, for TensorBoard; 0 for never."""
+    """Dead neurons during training are counted in every n-th step, for TensorBoard; 0 for never."""
+    sync_batchnorm: bool = False
+    """Under torchrun on GPUs: BatchNorm normalises over the images of all processes instead of each one's own."""
 
     def __post_init__(self) -> None:
         for field in ("ap", "milestones"):
@@ -246,7 +250,7 @@ class Experiment:
             _at_least(name, getattr(self, name), 1)
         for name in ("cycles", "first_seed", "monitor_every", "cutout", "recover"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("threads", "finetune_epochs", "train_images"):
+        for name in ("threads", "finetune_epochs", "train_images", "score_size"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         for name, most in _MOST.items():

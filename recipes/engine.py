@@ -59,6 +59,8 @@ class Engine:
     def __init__(self, config: Experiment, data: ImageData, seed: int) -> None:
         if config.batch_size > len(data.train):
             raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+        if config.score_size is not None and config.score_size > len(data.train):
+            raise ValueError(f"--score-size {config.score_size} is more than the {len(data.train)} training images")
         if config.batch_size % (distributed.size() * config.accumulate):
             parts = f"{distributed.size()} processes × --accumulate {config.accumulate}"
             raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {parts}")
@@ -89,6 +91,8 @@ class Engine:
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model on the device, in the memory format that is fast there."""
         model = model.to(self.device)
+        if self.config.sync_batchnorm and distributed.size() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -127,7 +131,7 @@ class Engine:
         Processes share them out where that is known to give the scores of all of them together.
         """
         config = self.config
-        order, size = self.train_set.epoch(self.seed, 0).order, config.batch_size
+        order, size = self.train_set.epoch(self.seed, 0).order, config.score_size or config.batch_size
         count = min(config.score_batches, len(order) // size)
         which = range(count)
         reduced = not config.pruner.startswith("structured-")

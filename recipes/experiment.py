@@ -255,6 +255,11 @@ def check(config: Experiment) -> None:
             "every step in Python: "
             "leave --step out, or say --step eager"
         )
+    if config.sync_batchnorm and device.type == "cpu":
+        raise ValueError(
+            "--sync-batchnorm needs a GPU for each process, since torch.nn.SyncBatchNorm does not work on a CPU: "
+            "leave it out, and each process normalises its own images"
+        )
     if ":" in config.model:
         models.load_factory(config.model)
     for arm in config.arms:

@@ -66,6 +66,7 @@ class Step:
         self.loss_sum = torch.zeros((), device=self.device)
         self.bad = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._number = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._recording: Recording | None = None
 
     def __call__(self, inputs: tuple[Tensor, ...], rate: float) -> bool:
         """Makes one step with this learning rate.
@@ -76,7 +77,14 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = distributed.mean_(self._backward(inputs))
+        if self.monitor is None or self._parts == 1:
+            loss = self._backward(inputs)
+        else:  # the monitor counts passes, of which a step then has several: it sees all of a step's, or none
+            count = self.monitor.due("train")
+            with self._counting(count):
+                loss = self._backward(inputs)
+            self._counted(count)
+        loss = distributed.mean_(loss)
         if self.device.type != "cpu":
             self._note(loss)
         elif not math.isfinite(loss.item()):
@@ -108,6 +116,19 @@ class Step:
         """Without averaging over the ranks: once a step is enough."""
         no_sync = getattr(self._forward, "no_sync", None)
         return contextlib.nullcontext() if no_sync is None else no_sync()
+
+    def _counting(self, count: bool) -> contextlib.AbstractContextManager[Any]:
+        if self.monitor is None:
+            return contextlib.nullcontext()
+        if not count:
+            return self.monitor.into(None)
+        if self._recording is None:
+            self._recording = self.monitor.record()
+        return self.monitor.into(self._recording)
+
+    def _counted(self, count: bool) -> None:
+        if count and self._recording is not None:
+            self._recording.passes += self._parts  # each part is a pass of the model
 
     def _note(self, loss: Tensor) -> None:
         first = ~torch.isfinite(loss) & (self.bad < 0)
@@ -150,7 +171,6 @@ class CapturedStep(Step):
         self._rate = torch.zeros((), device=self.device)
         self._inputs: tuple[Tensor, ...] = ()
         self._replays: dict[bool, Callable[[], Any]] = {}
-        self._recording: Recording | None = None
 
     def __call__(self, inputs: tuple[Tensor, ...], rate: float) -> bool:
         """Makes one step with this learning rate; always True, see `bad`."""
@@ -163,8 +183,7 @@ class CapturedStep(Step):
         if count not in self._replays:
             self._replays[count] = self._prepared(count)
         self._replays[count]()
-        if count and self._recording is not None:
-            self._recording.passes += self._parts  # each part is a pass of the model
+        self._counted(count)
         return True
 
     def restart(self) -> None:
@@ -188,15 +207,6 @@ class CapturedStep(Step):
             if count and self._recording is not None:
                 self._recording.clear()
             return self._capture(self._make)
-
-    def _counting(self, count: bool) -> contextlib.AbstractContextManager[Any]:
-        if self.monitor is None:
-            return contextlib.nullcontext()
-        if not count:
-            return self.monitor.into(None)
-        if self._recording is None:
-            self._recording = self.monitor.record()
-        return self.monitor.into(self._recording)
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:

@@ -32,9 +32,11 @@ def execute(config: Experiment, out: Path, quiet: bool, held: ExitStack) -> None
         held: rank 0 keeps the folder's lock in it.
 
     Raises:
+        ValueError: combinations that make no sense, or more than the devices can do.
         Stopped: by SIGINT or SIGTERM to any process, after the run has saved where it stands.
         Failed: runs diverged; the others were made.
     """
+    experiment.check(config)
     device = device_of(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -58,6 +58,7 @@ OPTIONS = {
     "adam": {"optimizer": "adam", "lr": 1e-3},
     "adamw": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1},
     "in parts, averaged, clipped": {"accumulate": 2, "ema": 0.9, "clip_norm": 0.5, "monitor_every": 1},
+    "in parts, some of the steps counted": {"accumulate": 4, "monitor_every": 7},
     "augmented": {"augment": "crop-flip", "cutout": 3, "mixup": 0.4, "label_smoothing": 0.1},
 }
 

@@ -1,5 +1,6 @@
 """One run on two processes, by gloo on one machine."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import pruners
 from ap import AP, Masks, criteria
+from ap.graph import layer_contexts
 from recipes import distributed, experiment, sweep
 from recipes.cli import main
 from recipes.config import Arm, Experiment, Job
@@ -284,6 +287,7 @@ def as_rank_0(monkeypatch):
         (["sweep", "quickstart"], "sweep works in one process"),
         (["run", "quickstart", "--dry-run"], "--dry-run measures one process"),
         (["run", "quickstart", "--workers", "2"], "--workers means nothing under torchrun"),
+        (["run", "quickstart", "--sync-batchnorm", "--device", "cpu"], "--sync-batchnorm needs a GPU for each process"),
         (["run", "quickstart", "--device", "cuda:0"], "all processes would use this GPU; say cuda"),
     ],
 )
@@ -293,6 +297,30 @@ def test_what_cannot_work_under_torchrun_is_refused(as_rank_0, arguments, messag
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_normalising_over_all_processes_changes_no_name_and_no_mask(monkeypatch):
+    data = load("digits")
+    torch.manual_seed(0)
+    plain = create("resnet20", in_channels=1, image_size=8, width=0.25)
+    engine = Engine(Experiment(sync_batchnorm=True, device="cpu"), data, 0)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in engine.prepare(plain).modules())  # one process
+    model = copy.deepcopy(plain)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    model = engine.prepare(model)
+    norms = [name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)] == norms
+    monkeypatch.undo()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
+    assert layer_contexts(model) == layer_contexts(plain)
+    batch = next(engine.test_set.batches(size=20))
+    for kind in ("magnitude", "lookahead", "synflow", "taylor"):
+        scores = [
+            pruners.create(kind).scores(network, Masks(network), [batch], engine.loss_fn) for network in (plain, model)
+        ]
+        assert list(scores[0]) == list(scores[1])
+        assert all(torch.equal(score, scores[1][name]) for name, score in scores[0].items())
 
 
 def test_each_process_has_its_own_gpu(as_rank_0):

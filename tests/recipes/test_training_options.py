@@ -204,6 +204,7 @@ def test_dropout_draws_other_numbers_in_the_retraining_and_in_each_cycle():
         ({"clip_norm": 0.0}, "--clip-norm must be a positive number"),
         ({"accumulate": 0}, "--accumulate must be a whole number, 1 or more"),
         ({"accumulate": 7}, "--batch-size 60 is not a multiple of --accumulate 7"),
+        ({"score_size": 0}, "--score-size must be a whole number, 1 or more"),
         ({"recover": -1}, "--recover must be a whole number, 0 or more"),
         ({"recover_factor": 1.5}, r"--recover-factor must be in \(0, 1\)"),
     ],
@@ -211,3 +212,40 @@ def test_dropout_draws_other_numbers_in_the_retraining_and_in_each_cycle():
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Experiment(**(BASE | options))
+
+
+def test_batches_for_scores_have_a_size_of_their_own():
+    """The first images of the first epoch's order, whatever the batches they come in."""
+    usual = Engine(Experiment(**BASE, score_batches=2), DATA, 0).score_batches()
+    assert [len(labels) for _, labels in usual] == [60, 60]
+    other = Engine(Experiment(**BASE, score_batches=4, score_size=25), DATA, 0).score_batches()
+    assert [len(labels) for _, labels in other] == [25] * 4
+    for which in (0, 1):
+        whole, parts = (torch.cat([batch[which] for batch in batches]) for batches in (usual, other))
+        assert torch.equal(whole[:100], parts)
+    with pytest.raises(ValueError, match="--score-size 1201 is more than the 1200 training images"):
+        Engine(Experiment(**BASE, score_size=1201), DATA, 0)
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_compiled_model_trains_and_counts_dead_neurons_like_the_model_itself(accumulate):
+    found = []
+    for compiled in (False, True):
+        config = Experiment(**BASE, compile=compiled, accumulate=accumulate)
+        torch.manual_seed(0)
+        model = create("lenet-300-100", in_channels=1, image_size=8)
+        engine = Engine(config, DATA, 0)
+        monitor = DNRMonitor(engine.called(model), every=3)
+        training = engine.training(model, 0, 0, monitor, half_dead(model))
+        with monitor:
+            training.run_epoch(lambda step: None)
+        found.append((monitor.report("train"), training.last_loss))
+    (first, loss), (second, compiled_loss) = found
+    assert compiled_loss == pytest.approx(loss, rel=1e-4)
+    assert first.passes == second.passes == 7 * accumulate  # of 20 steps every third
+    assert list(first.layers) == list(second.layers)
+    for name, layer in first.layers.items():
+        assert layer.samples == second.layers[name].samples == 7 * 60
+        assert layer.total == pytest.approx(second.layers[name].total, abs=1e-3)
+        assert layer.static == pytest.approx(second.layers[name].static, abs=0.02)
+    assert 0 < first.total < 1
