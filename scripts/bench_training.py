@@ -3,8 +3,8 @@
 python scripts/bench_training.py [--device cuda] [--side-by-side 1 2 4] [--batch 128] [--loader-workers 2] [--json FILE]
 
 A call of a candidate is one epoch, of all images on a GPU and of a few batches on a CPU. All candidates train the same
-network, 20 % of its weights alive, with the same precision, memory format, augmentation and optimizer; the engine also
-counts dead neurons, in one pass of 50. The images are CIFAR-10's where its files are found, else random bytes.
+network, 20 % of its weights alive, with the same precision, augmentation and optimizer. The engine's batches come in
+channels_last, which convolutions on a CPU follow; it also counts dead neurons, in one step of 50. The images are CIFAR-10's where its files are found, else random bytes.
 """
 
 from __future__ import annotations
@@ -340,8 +340,9 @@ def about(operations: list[dict[str, Any]], together: dict[int, float]) -> str:
     """The paragraph above the tables."""
     longest = ", ".join(f"`{row['operation']}` {100 * row['share']:.0f} %" for row in operations[:5])
     text = (
-        "A ResNet-20 with 20 % of its weights alive, all with the same precision, memory format, augmentation and "
-        f"optimizer. The operations that take longest themselves in the engine's steps: {longest}.\n"
+        "A ResNet-20 with 20 % of its weights alive, all with the same precision, augmentation and optimizer; the "
+        "engine's batches come in channels_last, the loops' as torchvision makes them. "
+        f"The operations that take longest themselves in the engine's steps: {longest}.\n"
     )
     if together:
         sums = ", ".join(f"{number}: {summed:,.0f}" for number, summed in together.items())
