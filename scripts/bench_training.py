@@ -2,9 +2,10 @@
 
 python scripts/bench_training.py [--device cuda] [--side-by-side 1 2 4] [--batch 128] [--loader-workers 2] [--json FILE]
 
-A call of a candidate is one epoch, of all images on a GPU and of a few batches on a CPU. All candidates train the same
-network, 20 % of its weights alive, with the same precision, augmentation and optimizer. The engine's batches come in
-channels_last, which convolutions on a CPU follow; it also counts dead neurons, in one step of 50. The images are CIFAR-10's where its files are found, else random bytes.
+A call of a candidate is one epoch, of all images on a GPU and of a few batches on a CPU. All candidates train the
+same network, 20 % of its weights alive, with the same precision, augmentation and optimizer. The engine's batches
+come in channels_last, which convolutions on a CPU follow; it also counts dead neurons, in one step of 50. The images
+are CIFAR-10's where its files are found, else random bytes.
 """
 
 from __future__ import annotations
