@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"ap.compat.lightning needs lightning ({error.name} is missing): "
+        "pip install 'activate-while-pruning[lightning]'",
+        name=error.name,
+    ) from error
 
 from ap.compat.called import CalledModules
 from ap.compat.loggers import MetricsWriter
@@ -108,6 +116,9 @@ class APCallback(Callback):
             self.plugin = AP(pl_module, **self._options)
             if self._state is not None:
                 self.plugin.masks.load_state_dict(self._state["masks"])
+                # ModelPruning leaves its masks out of checkpoints, and without them counts dead weights as its share.
+                if self.pruner is None and self.plugin.masks.alive < self.plugin.masks.total:
+                    self.plugin.masks.to_torch_prune()
         if self._cycle is None and trainer.current_epoch < self.epochs * self.cycles:
             self._cycle = self.plugin.cycle(self.amount)
             self.share = self._cycle.__enter__()

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,7 +30,9 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-def fit(folder: Path, epochs: int, resume: Path | None = None) -> tuple[Net, APCallback, pl.Trainer]:
+def fit(
+    folder: Path, epochs: int, resume: Path | None = None, beside: bool = False
+) -> tuple[Net, APCallback, pl.Trainer]:
     """Trains to this epoch, from the start or from a checkpoint; cycles of two epochs, so that epoch 3 is in one."""
     pl.seed_everything(0, verbose=False)
     model = Net()
@@ -40,7 +42,14 @@ def fit(folder: Path, epochs: int, resume: Path | None = None) -> tuple[Net, APC
         masks = ap.plugin.masks
         masks.prune({name: masks.weight(name).detach().abs() for name in masks}, amount=share)
 
-    ap = APCallback(magnitude, epochs=2, cycles=2, amount=0.25, rate=0.05)
+    ap = APCallback(None if beside else magnitude, epochs=2, cycles=2, amount=0.25, rate=0.05)
+    lightnings = ModelPruning(
+        "l1_unstructured",
+        [(model.net[1], "weight"), (model.net[3], "weight")],
+        amount=ap.amount_for,
+        apply_pruning=ap.prunes_at,
+        use_lottery_ticket_hypothesis=False,
+    )
     every_epoch = ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1)
     digits = load("digits")
     data = TensorDataset(digits.normalise(digits.train.images[:200]), digits.train.labels[:200])
@@ -48,7 +57,7 @@ def fit(folder: Path, epochs: int, resume: Path | None = None) -> tuple[Net, APC
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        callbacks=[ap, every_epoch],
+        callbacks=[lightnings, ap, every_epoch] if beside else [ap, every_epoch],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -57,15 +66,16 @@ def fit(folder: Path, epochs: int, resume: Path | None = None) -> tuple[Net, APC
     return model, ap, trainer
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside ModelPruning"])
 @pytest.mark.parametrize("saved", ["while training", "afterwards"])
 @pytest.mark.parametrize("stop", [1, 2, 3, 4], ids=["first cycle", "between cycles", "second cycle", "after all"])
-def test_resumed_to_the_same_bits(tmp_path: Path, stop: int, saved: str) -> None:
-    whole, whole_ap, _ = fit(tmp_path / "whole", 5)
-    _, first, trainer = fit(tmp_path / "first", stop)
+def test_resumed_to_the_same_bits(tmp_path: Path, stop: int, saved: str, beside: bool) -> None:
+    whole, whole_ap, _ = fit(tmp_path / "whole", 5, beside=beside)
+    _, first, trainer = fit(tmp_path / "first", stop, beside=beside)
     checkpoint = tmp_path / "first" / f"epoch={stop - 1}.ckpt"
     if saved == "afterwards":
         trainer.save_checkpoint(checkpoint)
-    resumed, ap, _ = fit(tmp_path / "second", 5, resume=checkpoint)
+    resumed, ap, _ = fit(tmp_path / "second", 5, resume=checkpoint, beside=beside)
     assert first.plugin is not None
     assert ap.plugin is not None
     assert whole_ap.plugin is not None
