@@ -333,7 +333,7 @@ class AP:
                 may.logical_and_(~leave_out[name])
             candidates[name] = may
         available = sum(count_true(mask) for mask in candidates.values())
-        return Selection(lowest(scores, candidates, min(k, available)))
+        return Selection(lowest(scores, candidates, min(k, available), reuse=True))
 
     def _weight_and_start(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self.masks.weight(name).detach()

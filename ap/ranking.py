@@ -112,13 +112,16 @@ def apportion(total: int, sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     return shares
 
 
-def lowest(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+def lowest(
+    scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int, reuse: bool = False
+) -> dict[str, Tensor]:
     """Selects exactly the `k` lowest scores over all layers together.
 
     Args:
         scores: a floating tensor a layer, of any shape, stride and dtype; read at most a few times each, one at a time.
         eligible: bool tensors of the same shapes: what may be selected. Its order is the order of ties.
         k: how many, between 0 and the number of eligible elements.
+        reuse: the tensors of `eligible` are not needed any more: the result is written into them.
 
     Returns:
         bool tensors of the same shapes and names, True = selected.
@@ -130,17 +133,19 @@ def lowest(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int)
     >>> lowest(s, {n: torch.ones(2, dtype=torch.bool) for n in s}, 1)
     {'a': tensor([False,  True]), 'b': tensor([False, False])}
     """
-    return dict(select_lowest(scores, eligible, k))
+    return dict(select_lowest(scores, eligible, k, reuse))
 
 
-def select_lowest(scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int) -> Iterator[tuple[str, Tensor]]:
+def select_lowest(
+    scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor], k: int, reuse: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """`lowest`, layer by layer: only one layer's selection is in memory. Errors come before the first one."""
     source = _Source(scores, eligible)
     size = sum(source.counts.values())
     if not 0 <= k <= size:
         raise ValueError(f"cannot select {k} of {size} elements")
     threshold = _kth_lowest(source, size, k) if k else _Threshold(-math.inf, 0, False)
-    return ((name, chosen) for name, chosen in _pick(source, threshold))
+    return ((name, chosen) for name, chosen in _pick(source, threshold, reuse))
 
 
 class _Source:
@@ -213,27 +218,25 @@ class _Threshold:
     all_ties: bool
 
 
-def _pick(source: _Source, threshold: _Threshold) -> Iterator[tuple[str, Tensor]]:
+def _pick(source: _Source, threshold: _Threshold, reuse: bool) -> Iterator[tuple[str, Tensor]]:
     ties = threshold.ties
     for name, eligible in source.eligible.items():
-        chosen = torch.zeros(eligible.shape, dtype=torch.bool, device=eligible.device)
+        in_place = reuse and eligible.is_contiguous()
+        chosen = eligible if in_place else eligible.clone(memory_format=torch.contiguous_format)
         flat, at = chosen.view(-1), 0
-        for values, mask in source.layer(name) if source.counts[name] else ():
-            part = flat[at : at + values.numel()]
+        for values, _ in source.layer(name) if source.counts[name] else ():
+            part = flat[at : at + values.numel()]  # what may be chosen, until it is narrowed down
             at += values.numel()
-            _less(values, threshold.value, or_equal=threshold.all_ties, out=part)
-            if mask is not None:
-                _and(part, mask)
-            if threshold.all_ties or not ties:
-                continue
-            equal = values == threshold.value
-            if mask is not None:
-                equal &= mask
-            here = count_true(equal)
-            if here > ties:
-                equal[equal.nonzero()[ties:, 0]] = False
-            part |= equal
-            ties -= min(here, ties)
+            tied = None
+            if ties and not threshold.all_ties:
+                tied = (values == threshold.value).logical_and_(part)
+                here = count_true(tied)
+                if here > ties:
+                    tied[tied.nonzero()[ties:, 0]] = False
+                ties -= min(here, ties)
+            _and(part, _less(values, threshold.value, or_equal=threshold.all_ties))
+            if tied is not None:
+                part |= tied
         yield name, chosen
 
 
@@ -317,12 +320,12 @@ def _chunks(tensors: Sequence[Tensor], whole: bool) -> Iterator[list[Any]]:
             yield from _chunks([tensor[start : start + rows].contiguous() for tensor in tensors], whole)
 
 
-def _less(values: Tensor, bound: float, or_equal: bool, out: Tensor | None = None) -> Tensor:
+def _less(values: Tensor, bound: float, or_equal: bool) -> Tensor:
     """values < bound, or ≤. On a CPU NumPy compares twice as fast as torch does."""
     if values.device.type == "cpu" and values.dtype != torch.bfloat16:
         compare = np.less_equal if or_equal else np.less
-        return torch.from_numpy(compare(values.numpy(), bound, out=None if out is None else out.numpy()))
-    return torch.le(values, bound, out=out) if or_equal else torch.lt(values, bound, out=out)
+        return torch.from_numpy(compare(values.numpy(), bound))
+    return values <= bound if or_equal else values < bound
 
 
 def _take(values: Tensor, where: Tensor) -> Tensor:

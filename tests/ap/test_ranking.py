@@ -69,6 +69,23 @@ def test_selects_what_a_stable_sort_selects(case, small):
     np.testing.assert_array_equal(flat(chosen), by_sorting(scores, eligible, k))
 
 
+@given(layers())
+@settings(max_examples=100, deadline=None)
+def test_reused_masks_become_the_same_selection(case):
+    scores, eligible, k = case
+    before = {name: mask.clone() for name, mask in eligible.items()}
+    expected = lowest(scores, eligible, k)
+    assert all(torch.equal(eligible[name], before[name]) for name in eligible)  # untouched unless they may be reused
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "CHUNK", 5)  # many chunks, each read before it is written
+        reused = lowest(scores, eligible, k, reuse=True)
+    assert list(reused) == list(eligible)
+    assert (flat(reused) == flat(expected)).all()
+    for name, mask in eligible.items():
+        if mask.is_contiguous():
+            assert reused[name].data_ptr() == mask.data_ptr()
+
+
 def test_large_layers_with_few_distinct_values():
     generator = torch.Generator().manual_seed(0)
     scores = {n: torch.randint(0, 3, (1200, 1100), generator=generator).float() for n in "ab"}
