@@ -34,6 +34,7 @@ ALONE = [
     "rescu",
     "gcu",
 ]
+LEARNABLE = ["smelu", "gsmelu", "rescu", "swish"]
 IN_NETWORK = ["relu", "gelu", "silu", "helu", "smelu", "swish", "gcu"]
 
 
@@ -58,6 +59,20 @@ def alone(size: int, device: str, rounds: int, compiled: bool, names: list[str])
     }
     setting = f"Forward + backward alone, {size:,} elements, {'compiled' if compiled else 'eager'}"
     return compare(candidates, "relu", rounds=rounds, device=device, repeats=10, warmup=3, setting=setting)
+
+
+def learnable(size: int, device: str, rounds: int, channels: int) -> list[Row]:
+    """The same with parameters that are learned: shared by all channels (1), or one a channel."""
+    x = torch.randn(16, 64, size // 1024, device=device)
+    modules = {"relu": nn.ReLU(), "prelu": activations.create("prelu", num_parameters=channels)}
+    for name in LEARNABLE:
+        modules[name] = activations.create(name, learnable=True, num_parameters=channels)
+    candidates = {
+        name: training_pass(module.to(device), x.clone().requires_grad_(), False) for name, module in modules.items()
+    }
+    shared = "shared" if channels == 1 else "one a channel"
+    setting = f"Forward + backward alone with learned parameters, {shared}, {size:,} elements, eager"
+    return compare(candidates, "relu", rounds=rounds, device=device, repeats=5, warmup=2, setting=setting)
 
 
 def times(rows: list[Row], name: str, native: str) -> float:
@@ -161,6 +176,7 @@ def main() -> None:
         names = [name for name in ALONE if name in {*AGAINST, *(native for native, _ in AGAINST.values())}]
     eager = alone(options.size, options.device, options.rounds, False, names)
     compiled = alone(options.size, options.device, options.rounds, True, names)
+    learned = [row for n in (1, 64) for row in learnable(options.size, options.device, options.rounds, n)]
     rows, memory = in_network(options.batch, options.device, options.rounds, False)
     if options.compile_network:
         rows += in_network(options.batch, options.device, options.rounds, True)[0]
@@ -184,7 +200,7 @@ def main() -> None:
         about="Each alone, and each in a ResNet-20 that is trained. Memory is what autograd keeps for the backward "
         "pass (on CUDA the peak of the allocator).",
         machine=machine(options.device),
-        rows=eager + compiled + rows,
+        rows=eager + compiled + learned + rows,
         aims=aims,
     )
 
