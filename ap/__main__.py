@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -46,14 +47,27 @@ def _run(script: str, arguments: list[str], module: bool) -> None:
     exec(compile(Path(script).read_bytes(), script, "exec", dont_inherit=True), main.__dict__)
 
 
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:  # a package above it is missing, or imports what is
+        return not f"{name}.".startswith(f"{error.name}.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; what the watched script raises is raised."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.module and not _is_module(options.script):
+        parser.error(f"no such module: {options.script}")
     if not options.module and not os.path.isfile(options.script):
         parser.error(f"no such script: {options.script}")
+    out = Path(options.out or default_folder(options.script)).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # said now, and not after hours of training
+        parser.error(f"--out: {there} is not a folder that can be written")
     try:
-        watcher = Watcher(options.out or default_folder(options.script), options.every, options.log_every)
+        watcher = Watcher(out, options.every, options.log_every)
     except ValueError as error:
         parser.error(str(error))
     if not is_first_rank():

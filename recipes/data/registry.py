@@ -120,7 +120,7 @@ def _pack(name: str, source: Source, root: Path, path: Path, stamp: str, size: i
 def _fetch(name: str, source: Source, root: Path, download: bool, missing: MissingDataError) -> None:
     wanted = source.wanted.format(root=root)
     if not download or source.download is None:
-        remedy = ", or pass download=True" if source.download else ""
+        remedy = ", or pass download=True (`--download`)" if source.download else ""
         raise MissingDataError(f"{name}: {missing}. Put {wanted}{remedy}.") from None
     try:
         source.download(root)

@@ -206,6 +206,8 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for arguments, message in (
         (["watch", "missing.py"], "no such script: missing.py"),
         (["watch", "--every", "0", str(tmp_path / "train.py")], "every must be at least 1, not 0"),
+        (["watch", "-m", "missing.module"], "no such module: missing.module"),
+        (["watch", "--out", str(tmp_path / "train.py" / "x"), str(tmp_path / "train.py")], "train.py is not a folder"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
