@@ -172,9 +172,12 @@ def locked(folder: Path, patience_s: float = 2.0, alone: bool = True) -> Iterato
         alone: whether nobody writes to the folders inside: what killed processes left there is removed too.
 
     Raises:
-        FolderError: another process holds it; its number is named.
+        FolderError: another process holds it, whose number is named, or it is no folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise FolderError(f"{folder} cannot be made: it, or something above it, is a file") from None
     path = folder / ".lock"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -383,3 +383,13 @@ def test_jobs_and_baselines():
         Report(config, {})
     with pytest.raises(FolderError, match="is missing"):
         experiment.load(Path("/nowhere"))
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/below"])
+def test_a_file_where_a_folder_should_be_is_named(out, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    assert main(["run", "quickstart", "--out", str(tmp_path / out)]) == 2
+    assert capsys.readouterr().err.strip() == (
+        f"error: {tmp_path / out} cannot be made: it, or something above it, is a file"
+    )
+    assert (tmp_path / "taken").read_text() == "a file"
