@@ -133,7 +133,7 @@ def _short() -> dict[str, Experiment]:
         "vit-cifar10": {"width": 0.5, "train_images": 2_000, "cycles": 2},
         "vit-relu-cifar10": {"width": 0.5, "train_images": 2_000, "cycles": 2},
         "resnet50-tiny-imagenet": {"train_images": 200},
-        "vit-b-16-tiny-imagenet": {"train_images": 100},
+        "vit-b-16-tiny-imagenet": {"train_images": 128},
     }
     shared: dict[str, Any] = {"ap": ("none", "lite"), "cycles": 1, "amount": FIVE, "rate": round(FIVE / 10, 4)}
     shared |= {"seeds": 1, "epochs": 3, "threads": 1, "probe": 500}
@@ -233,7 +233,7 @@ PLANS: dict[str, Plan] = {
             "presets",
             "Do the published networks' recipes run from end to end?",
             "The fast presets of a ResNet, a VGG, two vision transformers and, on Tiny-ImageNet, torchvision's "
-            "ResNet-50 and ViT-B/16 (which rewind to a step), cut to what a CPU does in minutes: 100 to 2,000 images, "
+            "ResNet-50 and ViT-B/16 (which rewind to a step), cut to what a CPU does in minutes: 128 to 2,000 images, "
             "three epochs, one or two cycles, CIFAR networks at a quarter or half of their width. What is shown is "
             "that they train, prune, rewind and report; the accuracies are of networks that have hardly been trained, "
             "and one seed shows nothing about AP.",
