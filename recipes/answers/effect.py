@@ -11,6 +11,7 @@ from recipes.answers.plans import CHOSEN
 from recipes.answers.wording import Parts, cells_at, compared, pointed, significant
 from recipes.plots import COLOURS
 from recipes.report import MARGIN, Report, percent
+from recipes.statistics import Paired
 from recipes.studies.base import Table
 
 if TYPE_CHECKING:
@@ -139,8 +140,12 @@ def summary(effect: Evidence, criteria: Evidence) -> Table:
                 percent(base["accuracy"]),
                 pointed(cells["lite"]["accuracy_difference"]),
                 pointed(cells["lite"]["dnr_total_difference"]),
-                pointed(other["accuracy_difference"]) if other else "–",
+                _chosen(other["accuracy_difference"], cells["lite"]["accuracy_difference"].n) if other else "–",
             ]
         )
     columns = ["network", "weights left", "seeds", "accuracy without AP, %", "AP, Δ points", "AP, Δ dead-neuron rate"]
     return Table("", [*columns, f"`{CHOSEN}` instead, Δ points"], lines)
+
+
+def _chosen(difference: Paired, seeds: int) -> str:
+    return pointed(difference) + ("" if difference.n == seeds else f" ({difference.n} seeds)")
