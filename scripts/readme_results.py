@@ -20,14 +20,6 @@ from recipes.report import of_folder
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def percent(share: float) -> str:
-    """
-    >>> percent(0.04)
-    '4 %'
-    """
-    return f"{100 * share:.3g} %"
-
-
 def main() -> None:
     if sys.argv[1] == "answers":
         answers()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.config import Experiment
-from recipes.experiment import load_data
 from recipes.studies import intervals, tickets
 from recipes.studies.base import Data, Journal, Study, Table, Verdict, above, register
 from recipes.studies.tickets import Bench, against, by_seed, rows_of
@@ -60,9 +59,9 @@ class Decisive(Study):
     )
 
     networks: tuple[str, ...] = ("mlp", "cnn", "resnet")
-    """mlp, cnn, resnet."""
+    """mlp, cnn, resnet, vgg."""
     seeds: int = 10
-    """Seeds of the MLP and the CNN."""
+    """Seeds of each network but the ResNet."""
     resnet_seeds: int = 3
     """Seeds of the ResNet, which takes ten times as long."""
     doses: tuple[float, ...] = (-0.2, -0.1, 0.1)
@@ -75,17 +74,9 @@ class Decisive(Study):
         return cls(**{"networks": ("cnn",), "seeds": 2, "doses": (-0.1,), "digits": True, **options})  # type: ignore[arg-type]
 
     def measure(self, journal: Journal) -> Data:
-        result: Data = {}
-        for name in self.networks:
-            config = tickets.network(name, self.digits)
-            data = load_data(config)
-            seeds = range(self.seed, self.seed + (self.resnet_seeds if name == "resnet" else self.seeds))
-            result[name] = [
-                row
-                for seed in seeds
-                for row in journal.cell(f"{name} {seed}", _measure, config, data, seed, self.doses)
-            ]
-        return result
+        counts = {name: self.resnet_seeds if name == "resnet" else self.seeds for name in self.networks}
+        seeds = {name: range(self.seed, self.seed + count) for name, count in counts.items()}
+        return tickets.measured(journal, seeds, self.digits, _measure, self.doses)
 
     @classmethod
     def tables(cls, data: Data) -> list[Table]:
@@ -99,8 +90,7 @@ class Decisive(Study):
             rate = against(rows, "accuracy", RATE_ONLY)
             removals = against(rows, "accuracy", REMOVALS_ONLY)
             set_ = intervals.paired(by_seed(rows, "total", RATE_ONLY), by_seed(rows, "total", "AP"))
-            fallen = against(rows, "total", "AP")
-            less = intervals.Interval(-fallen.mean, -fallen.high, -fallen.low, fallen.n)
+            less = -against(rows, "total", "AP")
             found += [
                 above(f"{network}: AP lowers the total rate", less, f"by {less.text(3)}"),
                 above(f"{network}: AP raises accuracy", whole, f"{whole.text()} points"),

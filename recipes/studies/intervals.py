@@ -20,6 +20,10 @@ class Interval:
     high: float
     n: int
 
+    def __neg__(self) -> Interval:
+        """The interval of the negated values: of b − a where this is that of a − b."""
+        return Interval(-self.mean, -self.high, -self.low, self.n)
+
     def to_dict(self) -> dict[str, Any]:
         """Its fields, for JSON; what is not finite becomes null there."""
         return {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in asdict(self).items()}

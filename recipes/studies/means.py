@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.config import Experiment
-from recipes.experiment import load_data
 from recipes.studies import intervals, tickets
 from recipes.studies.base import Data, Journal, Study, Table, Verdict, above, register
-from recipes.studies.intervals import Interval
 from recipes.studies.tickets import Bench, against, by_seed, rows_of, signal
 
 if TYPE_CHECKING:
@@ -79,17 +77,13 @@ class Means(Study):
         return cls(**{"networks": ("cnn",), "seeds": 2, "digits": True, **options})  # type: ignore[arg-type]
 
     def measure(self, journal: Journal) -> Data:
-        result: Data = {}
         if "resnet" in self.networks:
             raise ValueError(
                 "--networks: mlp, cnn or vgg; the layers of a resnet add up, and none sets its sum's spread"
             )
-        for name in self.networks:
-            config = tickets.network(name, self.digits)
-            data = load_data(config)
-            seeds = range(self.seed, self.seed + (self.deep_seeds if name == "vgg" else self.seeds))
-            result[name] = [row for s in seeds for row in journal.cell(f"{name} {s}", _measure, config, data, s)]
-        return result
+        counts = {name: self.deep_seeds if name == "vgg" else self.seeds for name in self.networks}
+        seeds = {name: range(self.seed, self.seed + count) for name, count in counts.items()}
+        return tickets.measured(journal, seeds, self.digits, _measure)
 
     @classmethod
     def tables(cls, data: Data) -> list[Table]:
@@ -101,29 +95,22 @@ class Means(Study):
         for network, rows in data.items():
             whole, shifted = (against(rows, "accuracy", arm) for arm in ("AP", MEANS_ONLY))
             lost = intervals.paired(by_seed(rows, "accuracy", "AP"), by_seed(rows, "accuracy", MEANS_KEPT))
-            restored = (by_seed(rows, "accuracy", arm) for arm in (AP_RESTORED, NONE_RESTORED))
-            left = intervals.paired(*restored)
+            left = intervals.paired(*(by_seed(rows, "accuracy", arm) for arm in (AP_RESTORED, NONE_RESTORED)))
             # What is claimed is that the shift has AP's effect, whichever sign that has.
-            sign = 1 if whole.mean >= 0 else -1
-            effect = "raises" if sign > 0 else "lowers"
+            gains = whole.mean >= 0
+            effect = "raises" if gains else "lowers"
             for what, change in (
                 (f"AP {effect} accuracy", whole),
                 (f"AP's means alone, without its removals: {effect} accuracy", shifted),
                 (f"AP {effect} accuracy among tickets with their signal restored", left),
                 ("setting the means back takes AP's effect away: AP less AP at the means of none", lost),
             ):
-                found.append(above(f"{network}: {what}", _times(change, sign), f"{change.text()} points"))
+                found.append(above(f"{network}: {what}", change if gains else -change, f"{change.text()} points"))
         return found
 
     @classmethod
     def plot(cls, data: Data, figure: Figure) -> None:
         tickets.plot(data, figure)
-
-
-def _times(interval: Interval, sign: int) -> Interval:
-    if sign > 0:
-        return interval
-    return Interval(-interval.mean, -interval.high, -interval.low, interval.n)
 
 
 def _starts(network: str, rows: list[Data]) -> Table:

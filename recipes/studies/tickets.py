@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ import pruners
 from ap import Masks, measure_dnr
 from ap.activations import is_activation
 from ap.cycles import Cycles, Run
+from pruners.base import undisturbed
 from recipes.answers.plans import CNN, RESNET, SMALL_MLP, VGG
 from recipes.config import Experiment
 from recipes.engine import Engine
-from recipes.experiment import build
+from recipes.experiment import build, load_data
 from recipes.studies import intervals
-from recipes.studies.base import Data, Table
+from recipes.studies.base import Data, Journal, Table
 from recipes.studies.lockstep import values
 
 if TYPE_CHECKING:
@@ -51,15 +52,11 @@ def set_rates_(model: nn.Module, images: Tensor, targets: Mapping[str, float]) -
         >>> round(measure_dnr(model, [x]).total, 3)
         0.75
     """
-    training = model.training
-    model.eval()
-    try:
+    with undisturbed(model):
         for name, owner in _biases(model, images).items():
             if name in targets:
-                z = _pre_activation(model, name, images)
+                z = _pre_activations(model, images, [name])[name]
                 owner.bias += _shift(z.flatten(), targets[name])  # type: ignore[operator]
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()
@@ -73,13 +70,10 @@ def set_means_(model: nn.Module, images: Tensor, targets: Mapping[str, Tensor]) 
         images: [N, C, H, W], on the model's device.
         targets: means [channels] by the activation's dotted module path, as `means` gives them.
     """
-    training = model.training
-    model.eval()
-    try:
+    with undisturbed(model):
         for name, owner in _biases(model, images).items():
-            owner.bias += targets[name] - _mean(_pre_activation(model, name, images))  # type: ignore[operator]
-    finally:
-        model.train(training)
+            z = _pre_activations(model, images, [name])[name]
+            owner.bias += targets[name] - _mean(z)  # type: ignore[operator]
 
 
 @torch.no_grad()
@@ -93,43 +87,30 @@ def set_signal_(model: nn.Module, images: Tensor, like: nn.Module) -> None:
     weights do not scale.
 
     Args:
-        model, like: of the same architecture, with activations as modules of their own; `like` is left in eval mode.
+        model, like: of the same architecture, with activations as modules of their own.
         images: [N, C, H, W], on the models' device.
     """
-    training = model.training
-    like.eval()
-    model.eval()
-    try:
-        for name, owner in _biases(model, images).items():
-            wanted, found = (_pre_activation(network, name, images) for network in (like, model))
-            factor = _spread(wanted) / _spread(found)
+    with undisturbed(like), undisturbed(model):
+        owners = _biases(model, images)
+        wanted = _pre_activations(like, images, owners)
+        for name, owner in owners.items():
+            found = _pre_activations(model, images, [name])[name]
+            factor = _spread(wanted[name]) / _spread(found)
             for parameter in owner.parameters():
                 parameter.mul_(factor)
-            owner.bias += _mean(wanted) - factor * _mean(found)  # type: ignore[operator]
-    finally:
-        model.train(training)
+            owner.bias += _mean(wanted[name]) - factor * _mean(found)  # type: ignore[operator]
 
 
 @torch.no_grad()
 def means(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The mean pre-activation of every channel on these images, by the activation's dotted module path."""
-    training = model.training
-    model.eval()
-    try:
-        return {name: _mean(_pre_activation(model, name, images)) for name in _biases(model, images)}
-    finally:
-        model.train(training)
+    return {name: _mean(z) for name, z in _all_pre_activations(model, images).items()}
 
 
 @torch.no_grad()
 def signal(model: nn.Module, images: Tensor) -> dict[str, list[float]]:
     """Mean and standard deviation of all pre-activations of a layer, by the activation's dotted module path."""
-    training = model.training
-    model.eval()
-    try:
-        seen = {name: _pre_activation(model, name, images) for name in _biases(model, images)}
-    finally:
-        model.train(training)
+    seen = _all_pre_activations(model, images)
     return {name: [round(float(z.mean()), 5), round(float(z.std()), 5)] for name, z in seen.items()}
 
 
@@ -176,14 +157,28 @@ def _biases(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     return found
 
 
-def _pre_activation(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+def _all_pre_activations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    with undisturbed(model):
+        return _pre_activations(model, images, _biases(model, images))
+
+
+def _pre_activations(model: nn.Module, images: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """What these activations are given, from one pass; of one that is called several times, the first time."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+
+        def note(module: nn.Module, inputs: Any, name: str = name) -> None:
+            if name not in seen:
+                seen[name] = inputs[0].clone()
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(note))
     try:
         model(images)
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 class Bench:
@@ -366,14 +361,30 @@ def plot(data: Data, figure: Figure) -> None:
     figure.axes[0].legend(fontsize="x-small")
 
 
-def network(name: str, digits: bool) -> Experiment:
-    """The experiment of this name; with `digits` a quick one on handwritten digits.
+def measured(
+    journal: Journal, seeds: Mapping[str, range], digits: bool, measure: Callable[..., list[Data]], *options: Any
+) -> Data:
+    """The rows of each network, from `measure(config, data, seed, *options)` for each of its seeds.
+
+    Args:
+        journal: keeps what is done.
+        seeds: by the network's name.
+        digits: small versions on handwritten digits instead, for a quick look.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no network of this name.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"--networks: {name!r} is none of {', '.join(NETWORKS)}")
-    if not digits:
-        return NETWORKS[name]
-    return replace(NETWORKS[name], data="digits", image_size=None, train_images=None, batch_size=50, cycles=2, epochs=2)
+    result: Data = {}
+    for name, its in seeds.items():
+        if name not in NETWORKS:
+            raise ValueError(f"--networks: {name!r} is none of {', '.join(NETWORKS)}")
+        config = NETWORKS[name]
+        if digits:
+            config = replace(
+                config, data="digits", image_size=None, train_images=None, batch_size=50, cycles=2, epochs=2
+            )
+        data = load_data(config)
+        result[name] = [
+            row for seed in its for row in journal.cell(f"{name} {seed}", measure, config, data, seed, *options)
+        ]
+    return result
