@@ -35,8 +35,8 @@ def draw(report: Report, out: Path) -> list[Path]:
         compared = [cell for cell in cells if cell["cycle"] and cell["accuracy_difference"] is not None]
         if compared:
             label = f"{arm} − {compared[0]['baseline']}"
-            _difference(axes[1][0], compared, "accuracy_difference", colour, label)
-            _difference(axes[1][1], compared, "dnr_total_difference", colour, label)
+            difference(axes[1][0], compared, "accuracy_difference", colour, label)
+            difference(axes[1][1], compared, "dnr_total_difference", colour, label)
     titles = (
         "test accuracy, %",
         "dead-neuron rate, % (dashed: static)",
@@ -44,7 +44,7 @@ def draw(report: Report, out: Path) -> list[Path]:
         "difference in DNR, points",
     )
     for axis, title in zip(axes.ravel(), titles, strict=True):
-        _dress(axis, title)
+        dress(axis, title)
     config = report.config
     figure.suptitle(
         f"{config.model} on {config.data}, {config.pruner}, {config.seeds} seeds (mean and 95 % confidence interval)",
@@ -75,16 +75,20 @@ def _curve(
     )
 
 
-def _difference(axis: Axes, cells: list[dict[str, Any]], measure: str, colour: str, label: str | None) -> None:
+def difference(
+    axis: Axes, cells: list[dict[str, Any]], measure: str, colour: str, label: str | None, beside: float = 1.0
+) -> None:
+    """Paired differences against density, in points, with their intervals; `beside` moves them off other curves."""
     cells = [cell for cell in cells if cell[measure] is not None]
-    x = [100 * cell["density"] for cell in cells]
+    x = [100 * cell["density"] * beside for cell in cells]
     y = [100 * cell[measure].difference for cell in cells]
     half = [100 * (cell[measure].half_width or 0) for cell in cells]
     axis.axhline(0, color="0.5", linewidth=0.8)
     axis.errorbar(x, y, yerr=half, color=colour, label=label, marker="o", markersize=4, linewidth=1, capsize=2)
 
 
-def _dress(axis: Axes, title: str) -> None:
+def dress(axis: Axes, title: str) -> None:
+    """Title, density on a logarithmic axis from dense to sparse, grid and legend."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_title(title, fontsize=10)
@@ -121,10 +125,10 @@ def differences(pool: Pool, path: Path) -> Path:
             label += f", {pool.label(report, 'pruner')}" if len(reports) > 1 else ""
             colour = COLOURS[number % len(COLOURS)]
             number += 1
-            _difference(axes[0], compared, "accuracy_difference", colour, label)
-            _difference(axes[1], compared, "dnr_total_difference", colour, None)
-        _dress(axes[0], f"{pruner}: difference in accuracy, points")
-        _dress(axes[1], f"{pruner}: difference in DNR, points")
+            difference(axes[0], compared, "accuracy_difference", colour, label)
+            difference(axes[1], compared, "dnr_total_difference", colour, None)
+        dress(axes[0], f"{pruner}: difference in accuracy, points")
+        dress(axes[1], f"{pruner}: difference in DNR, points")
     figure.suptitle("paired differences (mean and 95 % confidence interval)", fontsize=11)
     return save(figure, path)
 

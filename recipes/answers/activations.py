@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recipes.answers.evidence import Evidence, report_of
-from recipes.answers.wording import Parts, p_text, pointed
+from recipes.answers.wording import Parts, corrected, is_shown, p_text, pointed
 from recipes.plots import COLOURS
 from recipes.report import MARGIN, Report, percent
-from recipes.statistics import Paired, holm, mean_of, paired
+from recipes.statistics import Paired, mean_of, paired
 from recipes.studies.base import Table
 
 if TYPE_CHECKING:
@@ -33,13 +33,17 @@ def parts(evidence: Evidence) -> Parts:
             continue
         last = reports["relu"].config.cycles
         dies = {name: _seeds(report, "none", last, "dnr_total") != {} for name, report in reports.items()}
-        against = {
-            (cycle, name): _paired(_seeds(report, "none", cycle), _seeds(reports["relu"], "none", cycle))
-            for name, report in reports.items()
-            for cycle in (0, last)
-            if name != "relu"
-        }
-        effect = {name: _paired(_seeds(r, "lite", last), _seeds(r, "none", last)) for name, r in reports.items()}
+        against = corrected(
+            {
+                (cycle, name): _paired(_seeds(report, "none", cycle), _seeds(reports["relu"], "none", cycle))
+                for name, report in reports.items()
+                for cycle in (0, last)
+                if name != "relu"
+            }
+        )
+        effect = corrected(
+            {name: _paired(_seeds(r, "lite", last), _seeds(r, "none", last)) for name, r in reports.items()}
+        )
         effects[key], deaths[key] = effect, dies
         tables += [_accuracies(title, reports, against, last), _ap(title, reports, effect, dies, last)]
         findings += _findings(title, reports, against, effect, dies, last)
@@ -74,14 +78,13 @@ def _paired(a: dict[int, float], b: dict[int, float]) -> Paired:
 
 
 def _accuracies(title: str, reports: Reports, against: dict[tuple[int, str], Paired], last: int) -> Table:
-    corrected = dict(zip(against, holm([d.p for d in against.values()]), strict=True))
     lines = []
     for name in sorted(reports, key=lambda name: -np.mean(list(_seeds(reports[name], "none", last).values()))):
         line = [name]
         for cycle in (0, last):
             line.append(percent(mean_of(list(_seeds(reports[name], "none", cycle).values()))))
             d = against.get((cycle, name))
-            line += ["–", "–"] if d is None else [pointed(d), p_text(corrected[cycle, name])]
+            line += ["–", "–"] if d is None else [pointed(d), p_text(d.p_holm)]
         lines.append(line)
     columns = ["activation", "dense, %", "against ReLU", "p (Holm)", "pruned, %", "against ReLU, pruned", "p (Holm)"]
     density = next(iter(reports["relu"].by_arm["none"].values()))[last]["density"]
@@ -89,7 +92,6 @@ def _accuracies(title: str, reports: Reports, against: dict[tuple[int, str], Pai
 
 
 def _ap(title: str, reports: Reports, effect: dict[str, Paired], dies: dict[str, bool], last: int) -> Table:
-    corrected = dict(zip(effect, holm([d.p for d in effect.values()]), strict=True))
     lines = []
     for name in sorted(effect, key=lambda name: -effect[name].difference):
         rates = ["cannot die", "–"]
@@ -101,7 +103,7 @@ def _ap(title: str, reports: Reports, effect: dict[str, Paired], dies: dict[str,
             [
                 name,
                 pointed(effect[name]),
-                p_text(corrected[name]),
+                p_text(effect[name].p_holm),
                 "–" if seen is None else f"{100 * seen:.2f}",
                 *rates,
             ]
@@ -119,16 +121,13 @@ def _findings(
     last: int,
 ) -> list[str]:
     found = []
-    corrected = dict(zip(against, holm([d.p for d in against.values()]), strict=True))
     for cycle, when in ((0, "dense"), (last, "pruned")):
-        shown = {
-            name: against[c, name] for (c, name), p in corrected.items() if c == cycle and p is not None and p < 0.05
-        }
-        better = sorted((n for n, d in shown.items() if d.difference > 0), key=lambda n: -shown[n].difference)
-        worse = sorted((n for n, d in shown.items() if d.difference < 0), key=lambda n: shown[n].difference)
+        tests = {name: d for (c, name), d in against.items() if c == cycle}
+        best = sorted(tests, key=lambda name: -tests[name].difference)
+        better = [name for name in best if is_shown(tests[name], 1)]
+        worse = [name for name in reversed(best) if is_shown(tests[name], -1)]
         found.append(f"{title}, {when}: better than ReLU {_names(better)}; worse {_names(worse)}.")
-    p = dict(zip(effect, holm([d.p for d in effect.values()]), strict=True))
-    moved = [n for n in effect if (value := p[n]) is not None and value < 0.05]
+    moved = [name for name, d in effect.items() if is_shown(d)]
     found.append(f"{title}: an effect of AP is shown for {_names([f'{n} ({pointed(effect[n])})' for n in moved])}.")
     group: dict[bool, dict[int, float]] = {}
     for can in (True, False):

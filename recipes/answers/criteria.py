@@ -8,10 +8,10 @@ import numpy as np
 
 from recipes.answers.evidence import Evidence, report_of
 from recipes.answers.plans import CHOSEN
-from recipes.answers.wording import Parts, cells_at, compared, listed, p_text, pointed
+from recipes.answers.wording import Parts, cells_at, compared, corrected, is_shown, listed, p_text, pointed
 from recipes.plots import COLOURS
 from recipes.report import MARGIN, Report
-from recipes.statistics import Paired, holm, paired
+from recipes.statistics import Paired, paired
 from recipes.studies.base import Table
 
 if TYPE_CHECKING:
@@ -56,28 +56,26 @@ def parts(evidence: Evidence) -> Parts:
         if name not in folders:
             continue
         report = report_of(evidence, name, baseline)
-        arms = [arm for arm in report.arms if arm != "none"]
-        tests = {arm: lowest_mean(report, arm, "accuracy") for arm in arms}
-        arms = [arm for arm in arms if tests[arm] is not None]
-        p = dict(zip(arms, holm([tests[arm].p for arm in arms]), strict=True))  # type: ignore[union-attr]
+        means = {arm: lowest_mean(report, arm, "accuracy") for arm in report.arms if arm != "none"}
+        tests = corrected({arm: mean for arm, mean in means.items() if mean is not None})
         lines = []
-        for arm in sorted(arms, key=lambda arm: -tests[arm].difference):  # type: ignore[union-attr]
+        for arm in sorted(tests, key=lambda arm: -tests[arm].difference):
             rate = lowest_mean(report, arm, "dnr_total")
             last = next((c for c in cells_at(report, report.config.cycles) if c["arm"] == arm), None)
             lines.append(
                 [
                     "least-moved-negative (AP)" if arm == "lite" else arm.removeprefix("lite:"),
-                    tests[arm].n,  # type: ignore[union-attr]
+                    tests[arm].n,
                     pointed(lowest_mean(report, arm, "val_accuracy")),
                     pointed(tests[arm]),
-                    p_text(p[arm]),
+                    p_text(tests[arm].p_holm),
                     pointed(rate),
                     pointed(last["accuracy_difference"]) if last else "–",
                 ]
             )
             if name == "criteria-global" and rate is not None:
                 label = "AP" if arm == "lite" else arm.removeprefix("lite:")
-                scatter.append((label, 100 * rate.difference, 100 * tests[arm].difference))  # type: ignore[union-attr]
+                scatter.append((label, 100 * rate.difference, 100 * tests[arm].difference))
         columns = [
             "criterion",
             "seeds",
@@ -90,8 +88,7 @@ def parts(evidence: Evidence) -> Parts:
         text = f"{title}: against no AP, means over the three lowest densities"
         tables.append(Table(text, columns, lines))
         if name == "criteria-global":
-            better = [a for a in arms if p[a] is not None and p[a] < 0.05 and tests[a].difference > 0]  # type: ignore[operator, union-attr]
-            worse = [a for a in arms if p[a] is not None and p[a] < 0.05 and tests[a].difference < 0]  # type: ignore[operator, union-attr]
+            better, worse = ([arm for arm, test in tests.items() if is_shown(test, sign)] for sign in (1, -1))
             findings.append(
                 f"Against pruning without AP, {listed(better)} {'is' if len(better) == 1 else 'are'} shown to be "
                 f"better in test accuracy, {listed(worse)} worse."
@@ -113,10 +110,10 @@ def parts(evidence: Evidence) -> Parts:
             compared(rows, "Confirmation: fresh seeds, another data set and network, the last density", ["network"])
         )
         for _, cell in rows:
-            d, p_here = cell["accuracy_difference"], cell["p_here"]
-            shown = "a difference is shown" if p_here is not None and p_here < 0.05 else "no difference shown"
+            d = cell["accuracy_difference"]
+            shown = "a difference is shown" if is_shown(d) else "no difference shown"
             findings.append(
-                f"Confirmation, {cell['arm']} − {cell['baseline']}: {pointed(d)} points, p {p_text(p_here)}: {shown}."
+                f"Confirmation, {cell['arm']} − {cell['baseline']}: {pointed(d)} points, p {p_text(d.p_holm)}: {shown}."
             )
 
     def draw(figure: Figure) -> None:

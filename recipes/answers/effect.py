@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recipes import plots
 from recipes.answers.evidence import Evidence, report_of
 from recipes.answers.plans import CHOSEN
-from recipes.answers.wording import Parts, cells_at, compared, pointed, significant
+from recipes.answers.wording import Parts, cells_at, compared, is_shown, pointed
 from recipes.plots import COLOURS
 from recipes.report import MARGIN, Report, percent
 from recipes.statistics import Paired
@@ -23,9 +24,8 @@ def parts(evidence: Evidence) -> Parts:
     grid = {n: report_of(evidence, n) for n in evidence["folders"] if n.startswith("grid-")}
     tables, findings = [], []
     main = [([name], cell) for name, report in headline.items() for cell in _primary(report)]
+    what, title = ("headline", "Headline cells") if evidence["plan"] == "effect" else ("short runs", "Short runs")
     if main:
-        what = "headline" if evidence["plan"] == "effect" else "short runs"
-        title = "Headline cells" if what == "headline" else "Short runs"
         tables.append(compared(main, f"{title}: the last density, magnitude pruning", ["network"]))
         findings.append(_verdict(what, [cell for _, cell in main]))
     other = [
@@ -68,24 +68,14 @@ def parts(evidence: Evidence) -> Parts:
         tables.append(Table(f"{name}, every density", columns, lines))
 
     def draw(figure: Figure) -> None:
-        from matplotlib.ticker import FuncFormatter
-
         shown = headline or grid
         for axes, (name, report) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
             for i, arm in enumerate(a for a in report.arms if a in ("lite", "pro")):
                 cells = [c for c in report.cells if c["arm"] == arm and c["cycle"] and c["accuracy_difference"]]
-                y = [100 * c["accuracy_difference"].difference for c in cells]
-                e = [100 * (c["accuracy_difference"].half_width or 0) for c in cells]
                 label = f"{arm} − {cells[0]['baseline']}" if cells else arm
-                axes.errorbar(
-                    [c["density"] for c in cells], y, e, color=COLOURS[i + 1], marker=".", capsize=2, label=label
-                )
+                plots.difference(axes, cells, "accuracy_difference", COLOURS[i + 1], label)
             axes.axhspan(-100 * MARGIN, 100 * MARGIN, color="0.93", zorder=0)
-            axes.axhline(0, color="0.7", zorder=1)
-            axes.set(xscale="log", title=name, xlabel="density")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-            axes.invert_xaxis()
-            axes.legend(fontsize="small")
+            plots.dress(axes, name)
         figure.axes[0].set_ylabel("Δ test accuracy, points")
 
     return findings, tables, draw
@@ -97,7 +87,7 @@ def _primary(report: Report) -> list[dict[str, Any]]:
 
 
 def _verdict(what: str, cells: list[dict[str, Any]], who: str = "AP") -> str:
-    better, worse = significant(cells, 1), significant(cells, -1)
+    better, worse = ([cell for cell in cells if is_shown(cell["accuracy_difference"], sign)] for sign in (1, -1))
     equal = sum(bool(cell["accuracy_difference"].equivalent) for cell in cells)
     differences = [100 * cell["accuracy_difference"].difference for cell in cells]
     seen = [100 * d for cell in cells if (d := cell["accuracy_difference"].detectable) is not None]
