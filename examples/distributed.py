@@ -46,4 +46,5 @@ for cycle in range(5):
         end="",
         flush=True,
     )
+dist.barrier()  # gloo may abort a process that leaves while the other is still connected
 dist.destroy_process_group()
