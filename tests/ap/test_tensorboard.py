@@ -152,3 +152,35 @@ def test_nothing_of_tensorboard_is_imported():
 
     code = "import sys, ap.dnr, ap.tensorboard; assert not {'tensorboard', 'PIL', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_log_is_one_event_unless_the_writer_has_an_add_scalar_of_its_own(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from torch.utils.tensorboard import SummaryWriter
+
+    class Mine(SummaryWriter):
+        def add_scalar(self, tag, value, step):
+            super().add_scalar(f"mine/{tag}", value, step)
+
+    def written(writer):
+        model, notes = nn.Sequential(nn.Linear(4, 8), nn.ReLU()), Notes()
+        with DNRMonitor(model, every=1) as monitor, writer:
+            model(torch.randn(8, 4))
+            monitor.log(writer, 7)
+            tensorboard.write_report(notes, monitor.report("train"), 7)
+        events = [list(e.summary.value) for e in EventFileLoader(writer.file_writer_path).Load() if e.step == 7]
+        return events, {tag: np.float32(value) for (tag, _), value in notes.scalars.items()}
+
+    def made(kind, folder):
+        writer = kind(tmp_path / folder)
+        writer.file_writer_path = str(next((tmp_path / folder).iterdir()))
+        return writer
+
+    def value(one):  # the loader makes tensors of simple values
+        return one.tensor.float_val[0]
+
+    (event,), noted = written(made(SummaryWriter, "own"))
+    assert {one.tag: value(one) for one in event} == noted
+    events, noted = written(made(Mine, "mine"))
+    assert {one.tag.removeprefix("mine/"): value(one) for (one,) in events} == noted
+    assert all(one.tag.startswith("mine/dnr/train/") for (one,) in events)
