@@ -52,9 +52,8 @@ class _Watched:
         return True
 
     def log(self) -> None:
-        """Writes the window since the last one, to the disk at once: a job may be killed at any time."""
+        """Writes the window since the last one."""
         self.monitor.log(self.writer, self.step)
-        self.writer.flush()
 
 
 def _say(line: str) -> None:
@@ -193,12 +192,16 @@ class Watcher:
 
 
 def _writer(folder: Path) -> Any:
+    """What is written is on the disk within a second, since a job may be killed at any time.
+
+    Nothing waits for it: on a machine whose cores all compute, TensorBoard's thread gets its turn after milliseconds.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _say(f"TensorBoard is not installed, so scalars go to {folder / 'dnr.csv'}; pip install tensorboard")
         return CSVWriter(folder / "dnr.csv")
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), flush_secs=1)
 
 
 def default_folder(script: str) -> Path:

@@ -12,6 +12,8 @@ _SCHEMA = 1
 class CSVWriter:
     """Scalars as rows `step,tag,value,schema` of a CSV file; `schema` tells the version of this format.
 
+    A row is in the file as soon as it is written.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -25,7 +27,7 @@ class CSVWriter:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", newline="")
+        self._file = path.open("w", newline="", buffering=1)
         self._rows = csv.writer(self._file)
         self._rows.writerow(("step", "tag", "value", "schema"))
 
@@ -34,8 +36,7 @@ class CSVWriter:
         self._rows.writerow((step, tag, float(value), _SCHEMA))
 
     def flush(self) -> None:
-        """Writes what is buffered."""
-        self._file.flush()
+        """Nothing: no row waits."""
 
     def close(self) -> None:
         """Closes the file."""

@@ -184,10 +184,10 @@ def test_models_that_are_trained_no_more_are_reported_and_let_go(watcher: Watche
     assert steps == {"Sequential": 6, "Sequential-2": 6, "Sequential-3": 6}
 
 
-def test_what_a_killed_script_logged_is_on_the_disk(tmp_path: Path) -> None:
-    body = SCRIPT.replace("range(6)", "range(12)").replace("import sys, torch", "import os, sys, torch")
+def test_what_a_killed_script_logged_is_on_the_disk_within_a_second(tmp_path: Path) -> None:
+    body = SCRIPT.replace("range(6)", "range(12)").replace("import sys, torch", "import os, sys, time, torch")
     script = tmp_path / "train.py"
-    script.write_text(body + "os.kill(os.getpid(), 9)")
+    script.write_text(body + "time.sleep(2); os.kill(os.getpid(), 9)")
     command = [sys.executable, "-m", "ap", "watch", "--every", "1", "--log-every", "5", "--out", str(tmp_path / "out")]
     assert subprocess.run([*command, str(script)], capture_output=True, timeout=120).returncode == -9
     events = EventAccumulator(str(tmp_path / "out/Sequential")).Reload()
