@@ -22,6 +22,7 @@ from recipes import data as data_sets
 from recipes import distributed, experiment, models, presets, report, sweep
 from recipes.config import Experiment
 from recipes.engine import Engine, Stopped
+from recipes.options import read
 from recipes.progress import Progress
 from recipes.storage import locked, plain
 
@@ -131,7 +132,7 @@ def _run(arguments: list[str]) -> int:
     name, rest = presets.split("run", arguments)
     base = presets.get(name).experiment
     default = Run(out=Path("runs") / name, experiment=Unchecked(**dataclasses.asdict(base)))
-    options = tyro.cli(Run, args=rest, default=default, prog=f"python -m recipes run {name}")
+    options = read(Run, rest, f"python -m recipes run {name}", default=default)
     config = Experiment(**dataclasses.asdict(options.experiment))
     experiment.check(config)
     if options.dry_run:
@@ -155,7 +156,7 @@ class Resume:
 
 
 def _resume(arguments: list[str]) -> int:
-    options = tyro.cli(Resume, args=arguments, prog="python -m recipes resume")
+    options = read(Resume, arguments, "python -m recipes resume")
     folders = sweep.folders(options.out)
     with distributed.joined():
         for out in folders:
@@ -279,7 +280,7 @@ class Compare:
 def _compare(arguments: list[str]) -> None:
     from recipes.pool import Pool
 
-    options = tyro.cli(Compare, args=arguments, prog="python -m recipes compare")
+    options = read(Compare, arguments, "python -m recipes compare")
     if not options.out:
         raise ValueError("compare needs the folder of an experiment")
     folders = list(dict.fromkeys(folder for out in options.out for folder in sweep.folders(out)))
@@ -327,7 +328,7 @@ def _export(arguments: list[str]) -> None:
     folder = Path(arguments[0]) if named else Path("RUN")
     default = ExportConfig(out=folder / "export")
     rest = arguments[1:] if named else arguments
-    options = tyro.cli(ExportConfig, args=rest, default=default, prog=f"python -m recipes export {folder}")
+    options = read(ExportConfig, rest, f"python -m recipes export {folder}", default=default)
     config, data, model, row = experiment.last_network(folder)
     example = next(Engine(config, data, 0).test_set.batches(size=1))[0].cpu()
     made = {"experiment": config.to_dict(), "last row of its metrics": row}

@@ -15,6 +15,7 @@ from recipes import experiment, plots
 from recipes.config import Experiment
 from recipes.data import ImageData, ImageSet
 from recipes.engine import device_of
+from recipes.options import read
 from recipes.resident import Resident
 from recipes.storage import write_json
 
@@ -52,7 +53,7 @@ class DNR:
 
 def main(arguments: list[str]) -> None:
     """The command."""
-    options = tyro.cli(DNR, args=arguments, prog="python -m recipes dnr")
+    options = read(DNR, arguments, "python -m recipes dnr")
     if options.split not in ("train", "val", "test"):
         raise ValueError(f"--split must be train, val or test, not {options.split!r}")
     if options.images < 1:

@@ -14,6 +14,7 @@ from recipes import experiment, presets, report, sweep
 from recipes.cli import Unchecked, execute
 from recipes.config import Experiment
 from recipes.engine import Stopped
+from recipes.options import read
 from recipes.pool import Pool
 from recipes.progress import Progress
 from recipes.storage import locked
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> int:
     base = presets.get(name).experiment
     axes = {axis: (value,) if (value := getattr(base, axis)) is not None else () for axis in sweep.AXES}
     default = Sweep(out=Path("runs") / f"{name}-sweep", experiment=Grid(**{**dataclasses.asdict(base), **axes}))
-    options = tyro.cli(Sweep, args=rest, default=default, prog=f"python -m recipes sweep {name}")
+    options = read(Sweep, rest, f"python -m recipes sweep {name}", default=default)
     asked = dataclasses.asdict(options.experiment)
     values = {axis: asked.pop(axis) for axis in sweep.AXES}
     for axis in sweep.AXES:

@@ -7,9 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-import tyro
-
 import recipes.studies as studies
+from recipes.options import read
 from recipes.studies.base import Study, execute
 from recipes.studies.pages import write_docs
 
@@ -55,4 +54,4 @@ def main(args: list[str]) -> int:
 
 def parse(kind: type[Study], default: Study, args: list[str]) -> Study:
     """The study with the options in `args` changed."""
-    return tyro.cli(kind, args=args, default=default, prog=f"python -m recipes study {kind.name}")
+    return read(kind, args, f"python -m recipes study {kind.name}", default=default)
