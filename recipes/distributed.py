@@ -91,6 +91,7 @@ def joined() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield
+        dist.all_reduce(torch.zeros(()))  # by gloo: who disconnects while others still listen may abort them
     finally:
         dist.destroy_process_group()
 

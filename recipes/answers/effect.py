@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
-from recipes import plots
+from recipes import models, plots
 from recipes.answers.evidence import Evidence, report_of
 from recipes.answers.plans import CHOSEN
 from recipes.answers.wording import Parts, cells_at, compared, is_shown, pointed
@@ -118,7 +119,7 @@ def summary(effect: Evidence, criteria: Evidence) -> Table:
             continue
         base = next(c for c in report.cells if c["arm"] == "none" and c["cycle"] == cells["lite"]["cycle"])
         images = f", {config.train_images:,} images" if config.train_images else ""
-        norm = "with BatchNorm" if config.model.startswith("resnet") else "without BatchNorm"
+        norm = "with BatchNorm" if _has_batchnorm(config.model) else "without BatchNorm"
         decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
         width = f" × {config.width:g}" if config.width != 1 else ""
         other = cells.get(f"lite:{CHOSEN}")
@@ -135,6 +136,10 @@ def summary(effect: Evidence, criteria: Evidence) -> Table:
         )
     columns = ["network", "weights left", "seeds", "accuracy without AP, %", "AP, Δ points", "AP, Δ dead-neuron rate"]
     return Table("", [*columns, f"`{CHOSEN}` instead, Δ points"], lines)
+
+
+def _has_batchnorm(model: str) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in models.create(model).modules())
 
 
 def _chosen(difference: Paired, seeds: int) -> str:
