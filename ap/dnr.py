@@ -252,6 +252,12 @@ class DNRMonitor:
 
     def due(self, mode: str = "train") -> bool:
         """Takes note of one pass that is about to be made without Python, and says whether it is one to observe."""
+        due = self._is_due(mode)
+        if due and self._watch is not None:
+            self._watch.refresh()
+        return due
+
+    def _is_due(self, mode: str) -> bool:
         self._passes[mode] += 1
         return (self._passes[mode] - 1) % self.every == 0
 
@@ -280,7 +286,7 @@ class DNRMonitor:
         if len(self._inside) > 1 and self._is_beside_others():
             return
         mode = "train" if self.model.training else "eval"
-        if self._into is None and not self.due(mode):
+        if self._into is None and not self._is_due(mode):
             return  # nearly always: what comes before costs every pass
         if torch.jit.is_tracing() or _is_exporting():  # the next pass is due instead
             self._passes[mode] -= self._into is None

@@ -36,9 +36,16 @@ class Recording:
         """Adds what a pass has counted; the first decides where the sums lie, so it must not be the captured one."""
         if not self._calls:
             self._calls = [
-                call._replace(hits=_zeros(call.hits), gradient_hits=_zeros(call.gradient_hits)) for call in calls
+                call._replace(
+                    hits=_zeros(call.hits),
+                    gradient_hits=_zeros(call.gradient_hits),
+                    can_die=None if call.can_die is None else torch.zeros_like(call.can_die),
+                )
+                for call in calls
             ]
         for total, call in zip(self._calls, calls, strict=True):
+            if total.can_die is not None and call.can_die is not None:
+                total.can_die.logical_or_(call.can_die)
             for sum_, count in ((total.hits, call.hits), (total.gradient_hits, call.gradient_hits)):
                 if sum_ is not None and count is not None:
                     sum_.add_(count)
@@ -47,7 +54,7 @@ class Recording:
         """Forgets what was counted."""
         self.passes = 0
         for call in self._calls:
-            for sum_ in (call.hits, call.gradient_hits):
+            for sum_ in (call.hits, call.gradient_hits, call.can_die):
                 if sum_ is not None:
                     sum_.zero_()
 

@@ -21,7 +21,7 @@ class LayerTally:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.can_die = False
+        self.can_die: bool | Tensor = False  # a tensor until somebody has to know
         self.alive: Counts | None = None
         self.learning: Counts | None = None
 
@@ -29,12 +29,17 @@ class LayerTally:
         """Adds one call."""
         if self.alive is None:
             self.alive = Counts(seen.shape, seen.device)
-        self.can_die |= seen.hits is not None
+        self.can_die |= seen.hits is not None if seen.can_die is None else seen.can_die
         self.alive.add_batch(seen.shape, seen.hits, seen.batch, seen.counted_dead)
         if seen.gradient_hits is not None:
             if self.learning is None:
                 self.learning = Counts(seen.shape, seen.device)
             self.learning.add_batch(seen.shape, seen.gradient_hits, seen.batch, counted_dead=True)
+
+    def settle(self) -> bool:
+        """Whether the activation can die, read from the device where only that knows."""
+        self.can_die = bool(self.can_die)
+        return self.can_die
 
     def merge(self, other: LayerTally) -> None:
         """Adds another tally of the same activation, which stays as it is."""
@@ -73,7 +78,7 @@ class Tally:
         tensor with every number is summed.
         """
         mine = {
-            name: (layer.kind, layer.can_die, *(None if c is None else c.form for c in (layer.alive, layer.learning)))
+            name: (layer.kind, layer.settle(), *(None if c is None else c.form for c in (layer.alive, layer.learning)))
             for name, layer in self.layers.items()
         }
         everyones: list[Any] = [None] * dist.get_world_size()
@@ -126,11 +131,11 @@ class Tally:
             raise ValueError(
                 f"no {kind}pass was observed: call the model itself, not its submodules, between attach() and detach()"
             )
-        if not any(layer.can_die for layer in self.layers.values()):
+        names = [name for name, layer in self.layers.items() if layer.settle()]
+        if not names:
             kinds = ", ".join(sorted({layer.kind for layer in self.layers.values()}))
             why = f"its activations ({kinds}) cannot" if kinds else "no activation was called in the passes observed"
             raise ValueError(f"nothing in this model can die: {why}")
-        names = [name for name, layer in self.layers.items() if layer.can_die]
         learning = {name: layer.learning for name, layer in self.layers.items() if layer.learning is not None}
         mortal = [layer.alive for layer in self.layers.values() if layer.can_die and layer.alive is not None]
         values = list(rates_of([*mortal, *learning.values()]))
@@ -148,7 +153,7 @@ class Tally:
                 total=total,
                 static=static,
                 dynamic=None if total is None or static is None else total - static,
-                can_die=layer.can_die,
+                can_die=bool(layer.can_die),
                 gradient_total=no_gradient.get(name, (None, None))[0],
                 gradient_static=no_gradient.get(name, (None, None))[1],
                 unit=layer.alive.unit,

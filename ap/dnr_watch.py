@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ap.activations.ranges import (
     dead_range,
     gradient_dead_range,
     is_activation,
+    unread,
 )
 from ap.dnr_count import count_nonzero_over_batch, count_over_batch, dead_mask
 
@@ -44,6 +46,7 @@ class Seen(NamedTuple):
         hits: integers in the unit's shape, for how many inputs a unit was alive (dead with `counted_dead`); None if it
             cannot die.
         gradient_hits: for how many it got no gradient, where that differs; else None.
+        can_die: whether a unit can, where that is a matter of parameters on a device, unread; else None: as `hits` say.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Seen(NamedTuple):
     hits: Tensor | None
     counted_dead: bool
     gradient_hits: Tensor | None
+    can_die: Tensor | None = None
 
 
 class _Scope:
@@ -79,15 +83,23 @@ class _Site:
         self.gradient_interval: DeadRange | None = None
 
     def refresh(self, eps: float | None) -> None:
-        """Looks the dead range up again: learnable parameters move it. Reads nothing back from a device."""
-        self.interval = dead_range(self.module, eps)
-        self.gradient_interval = None
-        if hasattr(self.module, "gradient_dead_range"):
-            gradient = gradient_dead_range(self.module, eps)
-            self.gradient_interval = None if _surely_same(gradient, self.interval) else gradient
-        if self.changes:  # as tensors: a compiled graph would be made anew for every value of a number
-            self.interval = _as_tensors(self.interval, self.module)
-            self.gradient_interval = _as_tensors(self.gradient_interval, self.module)
+        """Looks the dead range up again: learnable parameters move it. Reads nothing back from a device, where it can.
+
+        On a device the range stays in the same tensors, since a captured graph reads these.
+        """
+        device = next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # as it was looked up before
+        with _unread_on(device), torch.inference_mode(False), torch.no_grad():
+            interval, gradient = dead_range(self.module, eps), None
+            if hasattr(self.module, "gradient_dead_range"):
+                gradient = gradient_dead_range(self.module, eps)
+                gradient = None if _surely_same(gradient, interval) else gradient
+            if self.changes:  # as tensors: a compiled graph would be made anew for every value of a number
+                interval, gradient = _as_tensors(interval, device), _as_tensors(gradient, device)
+            if device.type != "cpu":
+                interval, gradient = _written(self.interval, interval), _written(self.gradient_interval, gradient)
+            self.interval, self.gradient_interval = interval, gradient
 
 
 def _surely_same(first: DeadRange | None, second: DeadRange | None) -> bool:
@@ -97,12 +109,34 @@ def _surely_same(first: DeadRange | None, second: DeadRange | None) -> bool:
     return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in ends)
 
 
-def _as_tensors(interval: DeadRange | None, module: nn.Module) -> DeadRange | None:
+def _as_tensors(interval: DeadRange | None, device: torch.device) -> DeadRange | None:
     if interval is None:
         return None
-    device = next(module.parameters()).device
     low, high = (end if isinstance(end, Tensor) else torch.full((), end, device=device) for end in interval)
     return DeadRange(low, high)
+
+
+def _written(held: DeadRange | None, new: DeadRange | None) -> DeadRange | None:
+    """The new ends, in the tensors of the ones held where they fit."""
+    if held is None or new is None:
+        return new
+    for old, end in zip(held, new, strict=True):
+        assert isinstance(old, Tensor)
+        assert isinstance(end, Tensor)
+        if old.shape != end.shape or old.device != end.device:
+            return new
+        old.copy_(end)
+    return held
+
+
+def _unread_on(device: torch.device) -> AbstractContextManager[None]:
+    return nullcontext() if device.type == "cpu" else unread()
+
+
+def _can_die(interval: DeadRange) -> Tensor | None:
+    """Whether any value lies between ends on a device, unread; None where it is known that some do."""
+    low, high = interval
+    return (low <= high).any() if isinstance(low, Tensor) and low.device.type != "cpu" else None
 
 
 def _inert(*args: Any) -> None:
@@ -205,9 +239,7 @@ class Watch:
         self._scopes[:] = [self._root]
         self._calls.clear()
         self._seen.clear()
-        for site in self._sites:
-            if site.changes:
-                site.refresh(self._eps)
+        self.refresh()
         for module, scope in self._fused.items():
             if not (module.training and isinstance(module, nn.MultiheadAttention)):
                 module.__dict__["forward"] = partial(self._run_fused, module, scope)
@@ -215,6 +247,12 @@ class Watch:
             hooks[key] = value
         self._active = True
         self._mode.__enter__()
+
+    def refresh(self) -> None:
+        """Looks up again what learnable parameters have moved."""
+        for site in self._sites:
+            if site.changes:
+                site.refresh(self._eps)
 
     def end(self) -> list[Seen]:
         """Stops observing; what was seen, in order."""
@@ -312,7 +350,8 @@ class Watch:
         elif kwargs.get("approximate") == "tanh":
             interval = self._tanh_gelu
         else:
-            interval = call_dead_range(func, args, kwargs, self._eps)
+            with _unread_on(value.device):
+                interval = call_dead_range(func, args, kwargs, self._eps)
         self._count(name, kind, value, interval, None, scope.batch_axis)
         return func(*args, **kwargs)
 
@@ -352,13 +391,13 @@ class Watch:
     ) -> None:
         value = _batch_first(_unwrapped(value.detach()), batch_axis)
         axis = 1 if value.dim() > 1 else 0
-        count = gradient_count = None
+        count = gradient_count = can_die = None
         if interval is not None:
-            count = count_over_batch(dead_mask(value, interval, axis))
+            count, can_die = count_over_batch(dead_mask(value, interval, axis)), _can_die(interval)
         if gradient_interval is not None:
             gradient_count = count_over_batch(dead_mask(value, gradient_interval, axis))
-        shape = value.shape
-        self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], value.device, count, True, gradient_count))
+        shape, counts = value.shape, (count, True, gradient_count, can_die)
+        self._seen.append(Seen(self._name(base), kind, shape[0], shape[1:], value.device, *counts))
 
 
 def _take_off_stack(mode: TorchFunctionMode) -> None:

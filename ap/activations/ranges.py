@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -52,12 +54,30 @@ def check_eps(eps: float | None) -> None:
         raise ValueError(f"eps must be in [0, 1), got {eps}")
 
 
+_unread: ContextVar[bool] = ContextVar("unread", default=False)
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Inside, no range looks at the values of parameters on a device, for which the host would have to wait.
+
+    Their ranges are tensors then, and where nothing can die the empty interval instead of None. An activation whose
+    range is found numerically has to look all the same.
+    """
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
+
+
 def per_channel(low: Tensor, high: Tensor, can_die: Tensor) -> DeadRange | None:
     """Ends of shape [C] with the empty interval where a channel cannot die; floats if shared, None if none can die."""
-    if not bool(can_die.any()):
-        return None
-    if can_die.numel() == 1:
-        return DeadRange(float(low), float(high))
+    if not _unread.get():
+        if not bool(can_die.any()):
+            return None
+        if can_die.numel() == 1:
+            return DeadRange(float(low), float(high))
     return DeadRange(torch.where(can_die, low, math.inf), torch.where(can_die, high, -math.inf))
 
 
