@@ -150,10 +150,13 @@ def initialize_(
         std = scale / math.sqrt(_fan(module, mode))
         weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
         with torch.no_grad():
+            # A generator of the CPU draws there, whatever device the weight is on.
+            drawn = weight if generator is None else torch.empty_like(weight, device=generator.device)
             if distribution == "normal":
-                weight.normal_(0, std, generator=generator)
+                drawn.normal_(0, std, generator=generator)
             else:
-                weight.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+                drawn.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+            weight.copy_(drawn)
             if bias is not None:
                 bias.zero_()
         stds[name] = std
@@ -213,21 +216,18 @@ def _function(activation: Activation, parameters: dict[str, Any]) -> Callable[[T
         def run(z: Tensor) -> Tensor:
             module.eval()
             try:
+                like = next(module.parameters(), z)
                 if not sizes:
-                    return module(z.to(_dtype(module))).double()
+                    return module(z.to(like)).double().to(z.device)
                 # Parameters per channel: the mean over channels, each seeing the same inputs.
                 channels = max(sizes)
-                table = z.to(_dtype(module))[:, None].expand(-1, channels)
-                return module(table).double().square().mean(1).sqrt()
+                table = z.to(like)[:, None].expand(-1, channels)
+                return module(table).double().square().mean(1).sqrt().to(z.device)
             finally:
                 module.train(training)
 
         return run
     return activation
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((parameter.dtype for parameter in module.parameters()), torch.float64)
 
 
 def _fan(module: nn.Module, mode: str) -> int:

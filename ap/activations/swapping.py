@@ -59,7 +59,7 @@ def swap(
     the new activations keep for their backward pass (MobileNetV3's does).
 
     Args:
-        model: any module; its parameters are not touched.
+        model: any module; its parameters are not touched, and those of the new activations are on the same device.
         name: a name of `names()`.
         include: which to replace: module names, globs, or a predicate (name, module); default all but gates. A gate
             that is named here is replaced too.
@@ -86,6 +86,8 @@ def swap(
     result_skipped: dict[str, str] = {}
     undo: list[tuple[nn.Module, str, Any, bool]] = []
     made: dict[int, nn.Module] = {}
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
     for path, (owner, key, old) in places.items():
         if path not in chosen:
             if include is None and _is_gate(owner, key, old):
@@ -93,7 +95,7 @@ def swap(
             else:
                 result_skipped[path] = "left out by the filters"
             continue
-        new = made.setdefault(id(old), create(name, **parameters).train(old.training))
+        new = made.setdefault(id(old), create(name, **parameters).to(device).train(old.training))
         undo.append((owner, key, old, True))
         owner._modules[key] = new
     replaced = len(made)
@@ -106,7 +108,7 @@ def swap(
                 }
                 undo.append((module, "activation", old_state, False))
                 del module.__dict__["activation"]
-                module._modules["activation"] = create(name, **parameters).train(module.training)
+                module._modules["activation"] = create(name, **parameters).to(device).train(module.training)
                 if "activation_relu_or_gelu" in old_state:
                     module.activation_relu_or_gelu = 0  # the fused kernel of evaluation knows these two only
                 replaced += 1
