@@ -143,7 +143,7 @@ class Slot:
         """The current mask in dtype and strides of `like`; updated in place: a captured graph sees later prunings."""
         key = (like.dtype, like.device)
         cached, version = self._multipliers.get(key, (None, -1))
-        if cached is None or cached.stride() != like.stride():
+        if cached is None or not _same_layout(cached, like):
             cached = torch.empty_like(like, requires_grad=False).copy_(mask)
         elif version != mask._version:
             cached.copy_(mask)
@@ -168,6 +168,15 @@ class Slot:
         if buffer is not None:
             buffer.mul_(mask)
             setattr(self.module(), self.attribute, parameter * buffer)  # as prune's own pre-forward hook does
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of one shape lie in memory alike: the stride of an axis of length 1 says nothing.
+
+    A 1 × 1 convolution's weight and its momentum differ in such strides in channels_last.
+    """
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.stride() == b.stride() or all(one == other for length, one, other in strides if length != 1)
 
 
 def _by_numpy(tensor: Tensor) -> bool:

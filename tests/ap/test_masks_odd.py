@@ -274,3 +274,18 @@ def test_decay_is_followed_in_every_optimizer_of_the_model():
     moved = [plugin._decay.factor(plugin.masks.weight(name)) for name in plugin.masks]
     plugin.detach()
     assert moved == pytest.approx([1, 0.95, 0.95])
+
+
+def test_strides_that_say_nothing_need_no_second_copy_of_a_mask():
+    """In channels_last a 1 × 1 convolution's weight and its momentum may differ in the strides of their last axes."""
+    layer = nn.Conv2d(4, 8, 1)
+    masks = Masks(layer)
+    slot, mask = masks._slots["weight"], masks["weight"]
+    momentum = torch.empty_strided(layer.weight.shape, (4, 1, 4, 4))
+    assert layer.weight.stride() == (4, 1, 1, 1)
+    assert slot.multiplier(layer.weight, mask) is slot.multiplier(momentum, mask)
+    turned = torch.empty_strided(layer.weight.shape, (1, 8, 1, 1))
+    other = slot.multiplier(turned, mask)
+    assert other.stride()[:2] == (1, 8)
+    masks.remove({"weight": torch.arange(32).view(8, 4, 1, 1) % 3 == 0})
+    assert torch.equal(slot.multiplier(turned, mask) != 0, mask)
