@@ -39,7 +39,7 @@ def lamp(weight: Tensor, alive: Tensor) -> Tensor:
     ordered = magnitudes.index_select(0, order)
     square = ordered.to(exact).square_()
     # Summed from the largest down: a total minus a running sum would lose the largest weights to rounding.
-    tail = square.flip(0).cumsum_(0).flip(0)
+    tail = _running_sums(square.flip(0)).flip(0)
     # Equal magnitudes share the sum at the first of them.
     repeats = (ordered[1:] == ordered[:-1]).nonzero()[:, 0] + 1
     if repeats.numel():
@@ -51,6 +51,13 @@ def lamp(weight: Tensor, alive: Tensor) -> Tensor:
         return torch.empty_like(ranked).scatter_(0, order, ranked).view(weight.shape)
     scores = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
     return scores.scatter_(0, living.index_select(0, order), ranked).view(weight.shape)
+
+
+def _running_sums(values: Tensor) -> Tensor:
+    """values.cumsum(0), in place where that can be; on CUDA that of floats is refused in deterministic mode."""
+    if values.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum_(0).to(values.device)
+    return values.cumsum_(0)
 
 
 def ascending(magnitudes: Tensor) -> Tensor:
