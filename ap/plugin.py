@@ -129,6 +129,11 @@ class AP:
         """The model that is pruned."""
         return self.masks.model
 
+    @property
+    def followed(self) -> list[Tensor]:
+        """What each optimizer step changes in place, beside weights and the optimizer's state: which stayed at zero."""
+        return list(self._last_zero.values())
+
     @contextmanager
     def cycle(self, amount: float = 0.2) -> Iterator[float]:
         """One pruning cycle: train and prune inside the block; leaving it removes rate × (alive at its start) more.

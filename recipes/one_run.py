@@ -128,7 +128,8 @@ class OneRun:
 
     def train(self, model: nn.Module, masks: Masks, run: Run) -> dict[str, Any]:
         """One training, then what is measured of the trained network."""
-        training = self.engine.training(model, run.start_step, run.cycle, self.monitor, masks, run.phase)
+        also = run.loop.plugin.followed
+        training = self.engine.training(model, run.start_step, run.cycle, self.monitor, masks, run.phase, also)
         recovery = Recovery(self.config, training, run)
         if self.unfinished is not None:
             with state_errors(self.checkpoints.folder):

@@ -7,6 +7,7 @@ what keeps dead weights dead, and the counting of dead neurons. Python only repl
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ class Step:
         parts: a batch is made, and goes through the model, in this many parts; its size is a multiple of it.
         before: called between the backward pass and the optimizer, to clip gradients for example.
         after: called after the optimizer, to average weights for example.
-        also: tensors that `after` changes in place.
+        also: tensors that `after`, or a hook of the optimizer's steps, changes in place.
 
     Attributes:
         loss_sum: the sum of the steps' losses, since somebody zeroed it.
@@ -146,8 +147,9 @@ class Step:
 
 def capture(make: Callable[[], None]) -> Callable[[], None]:
     """Captures what the function does on the current CUDA device, without doing it; returns what does it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may be reading batches
+    graph, stream = torch.cuda.CUDAGraph(), _side_stream(torch.cuda.current_device())
+    # Other threads may be reading batches.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         make()
     return graph.replay
 
@@ -237,13 +239,19 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+@functools.cache
+def _side_stream(device: int) -> Any:
+    """One a device for warming up and captures: cuBLAS keeps a workspace for each stream that it was ever used on."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
-    """On a stream of its own: what is set up on the default stream cannot be captured."""
+    """On the stream of captures: what is set up on the default stream cannot be captured."""
     if device.type != "cuda":
         yield
         return
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield

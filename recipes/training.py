@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,7 @@ class Training:
         monitor: what counts dead neurons in its steps, attached to `engine.called(model)`.
         masks: of the weights, so that only gradients of living ones are clipped.
         phase: "train" or "retrain"; dropout and the like draw other numbers in each.
+        also: tensors that hooks of the optimizer's steps change in place, such as `AP.followed`.
 
     Attributes:
         step: how many steps have been made, those before `start_step` included.
@@ -62,6 +63,7 @@ class Training:
         monitor: DNRMonitor | None = None,
         masks: Masks | None = None,
         phase: str = "train",
+        also: Sequence[Tensor] = (),
     ) -> None:
         self.engine, self.model, self.masks = engine, model, masks
         self.schedule = Schedule.of(engine.config, engine.steps_per_epoch, cycle)
@@ -85,7 +87,7 @@ class Training:
             parts=config.accumulate,
             before=None if config.clip_norm is None else self._clip,
             after=None if self._average is None else self._average.update,
-            also=[] if self._average is None else self._average.tensors,
+            also=[*also, *([] if self._average is None else self._average.tensors)],
         )
         # Dropout and the like: the same draws in every arm, and in a training that is continued (see state_dict).
         self._seed = derived_seed(engine.seed, cycle, 3 if phase == "retrain" else 2)
@@ -141,6 +143,7 @@ class Training:
         if self._average is not None:
             self._average.adopt()
             distributed.share_buffers(self.model)
+        self._make.restart()  # a graph keeps the memory of a whole step
         torch.manual_seed(self._seed)  # a pruner that draws finds the same on every rank
 
     def _clip(self) -> None:
@@ -193,6 +196,9 @@ class Training:
         """Goes on where `state_dict` was taken."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if "capturable" in group:  # as this run's steps are made, which may not be how they were
+                group["capturable"] = self.engine.captured
         self.step, self.last_loss, self.seconds = state["step"], state["last_loss"], state["seconds"]
         self._start, self.rate_factor = self.step, state.get("rate_factor", 1.0)
         if self._average is not None:

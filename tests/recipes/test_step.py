@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ap import DNRMonitor, Masks
+from ap import AP, DNRMonitor, Masks
 from recipes import training as trainings
 from recipes.config import Experiment
 from recipes.data import load
@@ -168,6 +168,33 @@ def test_a_replayed_training_resumes_to_the_same_bits(monkeypatch, optimizer, st
     assert resumed.last_loss == training.last_loss
     for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_a_resumed_training_makes_its_steps_in_its_own_way(monkeypatch, replayed):
+    """An optimizer's state tells whether it is captured: under torchrun it is not, alone on a GPU it is."""
+    before, after = (Trainer(monkeypatch, of, optimizer="adam", lr=1e-3).start() for of in (not replayed, replayed))
+    run(before, stop=2)
+    after.load_state_dict(before.state_dict())
+    assert [group["capturable"] for group in after.optimizer.param_groups] == [replayed]
+    run(after, stop=4)
+
+
+def test_which_weights_have_stayed_at_zero_is_not_changed_by_steps_that_warm_up(monkeypatch):
+    found = []
+    for replayed in (False, True):
+        trainer = Trainer(monkeypatch, replayed)
+        with torch.no_grad():
+            trainer.model.head[2].weight.zero_()  # no gradient comes through it in the first step, but in the second
+            trainer.model.body.fc1.weight[:, 0] = 0.0
+        plugin = AP(trainer.masks)
+        plugin.mark_start()
+        training = trainer.engine.training(trainer.model, 0, 0, None, trainer.masks, also=plugin.followed)
+        run(training, stop=1)
+        found.append([tensor.clone() for tensor in plugin.followed])
+        plugin.detach()
+    assert_same(*found)
+    assert sum(int(tensor.sum()) for tensor in found[0]) == 64
 
 
 def test_a_loss_that_is_not_finite_is_noted_with_its_step(monkeypatch):
