@@ -109,13 +109,13 @@ class Resident:
         crop_area: float = 0.08,
     ) -> None:
         self.augment, self.cutout, self.mixup, self.crop_area = augment, cutout, mixup, crop_area
-        self.size, self.classes = data.image_size, data.num_classes
-        self.device = device
+        self.size, self.device = data.image_size, device
         self._hold(images)
         self.mean = torch.tensor(data.mean, device=device)
         self.scale = 1 / torch.tensor(data.std, device=device)
         self.mean_row, self.scale_row = self.mean.repeat(self.size), self.scale.repeat(self.size)
         self.range = torch.arange(self.size, device=device)
+        self.kinds = torch.arange(data.num_classes, device=device)
         self.middles = (2 * self.range + 1) / self.size - 1  # of the pixels, the image reaching from −1 to 1
 
     def _hold(self, images: ImageSet) -> None:
@@ -174,7 +174,7 @@ class Resident:
         share = part[-1]
         images, labels = self._augmented(*part[:half])
         others, other_labels = self._augmented(*part[half:-1])
-        own, other = (F.one_hot(of, self.classes).float() for of in (labels, other_labels))
+        own, other = ((of[:, None] == self.kinds).float() for of in (labels, other_labels))
         return images.lerp(others, share[:, None, None, None]), own.lerp(other, share[:, None])
 
     def _augmented(self, index: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
