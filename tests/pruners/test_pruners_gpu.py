@@ -16,6 +16,12 @@ from recipes import models
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.fixture(autouse=True)
+def _all_bits(monkeypatch):
+    """Convolutions in float32, and not in the ten bits of TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def prepared(device):
     torch.manual_seed(0)
     model = models.create("cnn", image_size=8).to(device)

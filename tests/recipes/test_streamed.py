@@ -108,6 +108,7 @@ def test_it_streams_by_itself_where_memory_is_short(data, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_batches_are_the_same_on_a_gpu(data: ImageData, options):
     device = torch.device("cuda")
