@@ -12,10 +12,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with needs_recipes("python -m recipes"):
             from recipes import cli
+        return cli.main(arguments)
     except MissingExtraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return cli.main(arguments)
+    except KeyboardInterrupt:  # where nothing has to be saved, or a second time
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

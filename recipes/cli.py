@@ -182,6 +182,7 @@ def execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> 
         threads = experiment.prepare(config, out)
         left = [job for job in experiment.jobs(config) if not experiment.is_done(out, job)]
         progress = Progress(config, left, quiet)
+        progress.begin(out)
         try:
             experiment.execute(config, out, progress, threads, workers)
         except Stopped:

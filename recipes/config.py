@@ -344,14 +344,20 @@ class Experiment:
         fine = self.rewind == "none" and cycle > 0 and self.finetune_lr is not None
         return self.finetune_lr if fine and self.finetune_lr is not None else self.lr
 
+    def epochs_before(self, arm: Arm, cycle: int, phase: str = "train") -> int:
+        """Epochs of the trainings that come before this one in a run of an arm.
+
+        >>> config, pro = Experiment(epochs=10), Arm.parse("pro")
+        >>> [config.epochs_before(pro, cycle, phase) for cycle in (0, 1) for phase in ("train", "retrain")]
+        [0, 10, 20, 30]
+        """
+        each = 2 if arm.variant == "pro" else 1
+        first = self.training_epochs(cycle) if phase == "retrain" else 0
+        return each * sum(map(self.training_epochs, range(cycle))) + first
+
     def total_epochs(self, arm: Arm) -> int:
         """Epochs of one run of an arm, all its trainings together (a rewind to a step saves a part of them)."""
-        each = 2 if arm.variant == "pro" else 1
-        return self.training_epochs(0) + sum(
-            self.training_epochs(cycle if i == 0 else cycle - 1)
-            for cycle in range(1, self.cycles + 1)
-            for i in range(each)
-        )
+        return self.epochs_before(arm, self.cycles) + self.training_epochs(self.cycles)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as they are saved."""

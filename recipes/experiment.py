@@ -221,8 +221,12 @@ def execute(
     failures: list[str] = []
     with stopping(stop), ProcessPoolExecutor(workers, context, _start, (stop, queue, threads, os.getpid())) as pool:
         pending: dict[Future[str], Job] = {pool.submit(_work, config, out, job): job for job in left}
+        told = False
         while pending:
             finished, _ = wait(pending, timeout=0.2)
+            if stop.is_set() and not told:
+                say({"event": "stopping", "job": ""})
+                told = True
             while not queue.empty():
                 say(queue.get())
             for future in finished:

@@ -47,6 +47,7 @@ def execute(config: Experiment, out: Path, quiet: bool, held: ExitStack) -> None
         if left:
             experiment.rehearse(config, experiment.load_data(config))
         progress = Progress(config, left, quiet or distributed.rank() > 0)
+        progress.begin(out)
         try:
             _run_all(config, out, left, progress)
         finally:
