@@ -42,7 +42,9 @@ class Trainer:
         self.engine = Engine(config, DATA, seed=1)
         torch.manual_seed(0)
         body = create(model, in_channels=1, image_size=8, activation=config.activation)
-        self.model = self.engine.prepare(nn.Sequential(body, nn.BatchNorm1d(10), nn.Dropout(0.2), nn.Linear(10, 10)))
+        self.model = self.engine.prepare(
+            nn.Sequential(body, nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(0.2), nn.Linear(10, 10))
+        )
         self.masks = Masks(self.model)
         self.masks.hold()
         self.monitor = DNRMonitor(self.engine.called(self.model), every=4)
@@ -155,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step():
     def spoil(step):
         if step == 4:
             with torch.no_grad():
-                trainer.model[3].weight[0, 0] = float("inf")
+                trainer.model[-1].weight[0, 0] = float("inf")
 
     with pytest.raises(Diverged, match="step 4"):
         training.run_epoch(spoil)
