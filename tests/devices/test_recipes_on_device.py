@@ -6,14 +6,16 @@ from pretend import OnGPU, never_waiting, pretended  # noqa: F401
 from torch import nn
 
 from ap import AP, DNRMonitor, Masks
+from recipes import experiment
 from recipes import training as trainings
 from recipes.config import Experiment
 from recipes.data import load
 from recipes.dnr_command import Resident
 from recipes.effective import effective
-from recipes.engine import Engine
+from recipes.engine import Engine, Stopped
 from recipes.models import create
 from recipes.step import CapturedStep
+from recipes.storage import read_rows
 
 pytestmark = pytest.mark.usefixtures("pretended")
 DATA = load("digits")
@@ -119,3 +121,39 @@ def test_batches_for_pruners_and_probes_are_on_the_device():
     with never_waiting():
         engine.train_set.batch(plan, 0, 100)
     assert isinstance(Resident(DATA.test, DATA, torch.device("cuda")).images, OnGPU)
+
+
+@pytest.mark.parametrize("arm", ["lite:gentle-waking", "pro"])
+def test_a_whole_run_with_its_files_and_a_stop_in_the_middle(arm, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "CapturedStep", Captured)
+    found = []
+    for device in ("cpu", "cuda"):
+        config = Experiment(
+            ap=("none", arm),
+            pruner="taylor",
+            cycles=1,
+            epochs=2,
+            batch_size=200,
+            lr=0.02,
+            precision="float32",
+            rewind="3it",
+            recover=1,
+            monitor_every=3,
+            probe=100,
+            seeds=1,
+            device=device,
+            score_batches=2,
+        )
+        (job,) = (job for job in experiment.jobs(config) if str(job.arm) == arm)
+        asked = iter(range(1000))
+        with pytest.raises(Stopped):
+            experiment.run(
+                config, tmp_path / device, job, experiment.say_nothing, lambda asked=asked: next(asked) == 16
+            )
+        experiment.run(config, tmp_path / device, job, experiment.say_nothing, lambda: False)
+        found.append(read_rows(tmp_path / device / "metrics.jsonl"))
+    assert len(found[0]) == len(found[1]) == 2
+    for mine, theirs in zip(*found, strict=True):
+        assert mine["alive"] == theirs["alive"]
+        for key in ("accuracy", "val_accuracy", "dnr_total", "effective_density"):
+            assert mine[key] == pytest.approx(theirs[key], abs=0.02)
