@@ -38,6 +38,12 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def tell_cublas(config: Experiment) -> None:
+    """What it wants to be told before it is used first in a process, to be deterministic."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def can_capture(config: Experiment, device: torch.device) -> bool:
     """Whether steps can be captured in a CUDA graph: on one GPU, where no criterion follows each of them in Python."""
     followed = any(arm.criterion == "decay-corrected" for arm in config.arms)
@@ -75,8 +81,7 @@ class Engine:
         self.half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
         if on_gpu:
             torch.backends.cudnn.benchmark = not config.deterministic
-            if config.deterministic:  # what cuBLAS wants to be told before it is used first
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            tell_cublas(config)
         torch.use_deterministic_algorithms(config.deterministic)
         augment = data.augment if config.augment == "data" else config.augment
         stream = config.stream == "yes" or (config.stream == "auto" and not fits(data, self.device))

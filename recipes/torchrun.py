@@ -12,7 +12,7 @@ import torch
 
 from recipes import distributed, experiment
 from recipes.config import Experiment, Job
-from recipes.engine import device_of
+from recipes.engine import device_of, tell_cublas
 from recipes.experiment import Failed
 from recipes.one_run import Say
 from recipes.progress import Progress
@@ -40,6 +40,7 @@ def execute(config: Experiment, out: Path, quiet: bool, held: ExitStack) -> None
     device = device_of(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        tell_cublas(config)
     with distributed.joined():
         threads, left = distributed.on_main(lambda: _begin(config, out, held))
         torch.set_num_threads(threads)

@@ -212,7 +212,7 @@ def top_operations(engine: Engine, steps: int, count: int = 10) -> list[dict[str
             torch.cuda.synchronize()
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
-    whole = sum(getattr(event, name) for event in events)
+    whole = sum(getattr(event, name) for event in events) or 1.0  # 0 where the profiler may not look at a GPU
     return [
         {"operation": event.key, "share": getattr(event, name) / whole, "calls_a_step": event.count / steps}
         for event in events[:count]
