@@ -238,4 +238,5 @@ class StarReLU(nn.Module):
 
     def dead_range_at(self, eps: float | None) -> DeadRange:
         """The same with |f − b| and |f'| at most eps."""
-        return squared(eps, float(self.scale)) if eps else NEGATIVE
+        scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+        return squared(eps, float(scale)) if eps else NEGATIVE
