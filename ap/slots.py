@@ -175,8 +175,8 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 
     A 1 × 1 convolution's weight and its momentum differ in such strides in channels_last.
     """
-    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return a.stride() == b.stride() or all(one == other for length, one, other in strides if length != 1)
+    first, second = a.stride(), b.stride()
+    return first == second or all(s == t for length, s, t in zip(a.shape, first, second, strict=True) if length != 1)
 
 
 def _by_numpy(tensor: Tensor) -> bool:
