@@ -213,7 +213,7 @@ class Experiment:
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the forward pass computes in; auto is bfloat16 (autocast) on a GPU and float32 on a CPU."""
+    """What the forward pass computes in; auto is bfloat16 (autocast) on a GPU that has it, else float32."""
     step: Literal["auto", "eager", "captured"] = "auto"
     """How steps are made: call by call, or captured in a CUDA graph and replayed; auto captures on a GPU."""
     stream: Literal["auto", "yes", "no"] = "auto"

@@ -38,6 +38,11 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU that computes in bfloat16; one from before Ampere only emulates that, slowly."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def tell_cublas(config: Experiment) -> None:
     """What it wants to be told before it is used first in a process, to be deterministic."""
     if config.deterministic:
@@ -78,7 +83,7 @@ class Engine:
         # On a CPU it is enough that the batches are: convolutions follow them, and with weights in this format as well
         # a step of a ResNet-20, VGG-11, MobileNet-V2 or small CNN took 0.99 to 1.05 × the time, pruning up to 1.9 ×.
         self.channels_last = on_gpu
-        self.half = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
+        self.half = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16(self.device))
         if on_gpu:
             torch.backends.cudnn.benchmark = not config.deterministic
             tell_cublas(config)

@@ -229,6 +229,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: _state["capturing"])
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

@@ -117,6 +117,7 @@ def test_batches_for_pruners_and_probes_are_on_the_device():
     for x, y in [*engine.score_batches(), *engine.probe_batches()]:
         assert isinstance(x, OnGPU)
         assert isinstance(y, OnGPU)
+    assert not engine.half  # this GPU is one from before bfloat16
     plan = engine.train_set.epoch(0, 0)
     with never_waiting():
         engine.train_set.batch(plan, 0, 100)
