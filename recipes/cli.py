@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -187,7 +188,7 @@ def execute(config: Experiment, out: Path, workers: int | None, quiet: bool) -> 
             experiment.execute(config, out, progress, threads, workers)
         except Stopped:
             progress.close()
-            print(f"stopped; go on with: python -m recipes resume {out}", file=sys.stderr)
+            print(f"stopped; go on with: python -m recipes resume {shlex.quote(str(out))}", file=sys.stderr)
             return 130
         finally:
             progress.close()
@@ -204,7 +205,7 @@ def _execute_together(config: Experiment, out: Path, workers: int | None, quiet:
             torchrun.execute(config, out, quiet, held)
         except Stopped:
             if distributed.is_main():
-                print(f"stopped; go on with: torchrun ... -m recipes resume {out}", file=sys.stderr)
+                print(f"stopped; go on with: torchrun ... -m recipes resume {shlex.quote(str(out))}", file=sys.stderr)
             return 130
         return _report(out) if distributed.is_main() else 0
 
@@ -215,7 +216,7 @@ def _report(out: Path) -> int:
     print(found)
     print(f"\nplots: {', '.join(str(path) for path in pictures)}")
     print(f"tables: {out / 'summary.md'}, {out / 'summary.csv'}, {out / 'summary.json'}")
-    print(f"TensorBoard: tensorboard --logdir {out}")
+    print(f"TensorBoard: tensorboard --logdir {shlex.quote(str(out))}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import shlex
 import signal
 import threading
 import time
@@ -138,7 +139,9 @@ def rows(out: Path, config: Experiment) -> dict[Job, list[dict[str, Any]]]:
         path = out / job.name / "metrics.jsonl"
         if path.exists():
             if is_finished(out, job) and not is_done(out, job):
-                raise FolderError(f"{path} is damaged; restore it with: python -m recipes resume {out}")
+                raise FolderError(
+                    f"{path} is damaged; restore it with: python -m recipes resume {shlex.quote(str(out))}"
+                )
             found[job] = read_rows(path)
             check_rows(path, found[job])
     return found
@@ -324,7 +327,7 @@ def last_network(folder: Path) -> tuple[Experiment, Any, nn.Module, dict[str, An
     """The last trained network of a run that is done: its configuration, data, the model, and its row."""
     config, seed = _saved(folder / "config.json", "seed")
     if not (folder / "done.json").exists():
-        raise FolderError(f"{folder} is not done yet: python -m recipes resume {folder.parent}")
+        raise FolderError(f"{folder} is not done yet: python -m recipes resume {shlex.quote(str(folder.parent))}")
     refuse_code_inside(folder.parent, config)
     state = Checkpoints(folder / "checkpoints").latest()
     if state is None:

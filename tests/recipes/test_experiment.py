@@ -393,3 +393,13 @@ def test_a_file_where_a_folder_should_be_is_named(out, tmp_path, capsys):
         f"error: {tmp_path / out} cannot be made: it, or something above it, is a file"
     )
     assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_a_folder_with_spaces_is_quoted_in_the_command_that_goes_on(finished, tmp_path, capsys):
+    out = tmp_path / "výsledky a b"
+    shutil.copytree(finished, out)
+    assert main(["resume", str(out)]) == 0
+    assert f"tensorboard --logdir '{out}'" in capsys.readouterr().out
+    (out / "none-seed0/done.json").unlink()
+    assert main(["dnr", str(out / "none-seed0")]) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"python -m recipes resume '{out}'")
