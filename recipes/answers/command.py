@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from ap.names import unknown
 from recipes import experiment
 from recipes.answers import plans
 from recipes.answers.evidence import gather
 from recipes.answers.pages import page, write
 from recipes.experiment import Failed, Stopped
-from recipes.storage import read_json
+from recipes.storage import FolderError, read_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,25 +23,38 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("name", nargs="?", help=f"one of {', '.join(plans.names())}; all if not given")
     made.add_argument("--out", type=Path, default=None, help="where the runs are, a folder an experiment")
     made.add_argument("--docs", type=Path, default=None, help="write pages, numbers and pictures to DOCS/results")
+    made.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="run these of the plan's experiments, not all")
     made.add_argument("--report", action="store_true", help="run nothing: only make the page from what there is")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs plans, and makes their pages; without --out, pages are made anew from the numbers beside them."""
+    """Runs plans, and makes their pages; without --out, pages are made anew from the numbers beside them.
+
+    Raises:
+        ValueError: an unknown plan or experiment.
+    """
     options = parser().parse_args(list(arguments))
     chosen = [plans.get(options.name)] if options.name else list(plans.PLANS.values())
+    known = [name for plan in chosen for name in plan.experiments]
+    for name in options.only or ():
+        if name not in known:
+            raise unknown("experiment", name, known)
     if options.out is None and options.docs is None:
         for plan in chosen:
             print(f"{plan.name}: {plan.question}\n  {plan.text}\n  runs: {', '.join(plan.experiments)}\n")
         return 0
     for plan in chosen:
+        if options.out is not None and not options.report and not _run(plan, options.out, options.only):
+            return 130
+        numbers = options.docs and options.docs / "results" / f"{plan.name}.json"
+        published = read_json(numbers) if numbers and numbers.exists() else None
         if options.out is not None:
-            if not options.report and not _run(plan, options.out):
-                return 130
-            evidence = gather(plan, options.out)
+            evidence = gather(plan, options.out, published)
+        elif published is not None:
+            evidence = published
         else:
-            evidence = read_json(options.docs / "results" / f"{plan.name}.json")
+            raise FolderError(f"{numbers} is missing: --out RUNS makes it")
         if options.docs is not None:
             print(f"written: {write(plan, evidence, options.docs)}")
         else:
@@ -48,9 +62,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(plan: plans.Plan, out: Path) -> bool:
-    """All experiments of a plan, one after the other; False where it was stopped."""
+def _run(plan: plans.Plan, out: Path, only: Collection[str] | None = None) -> bool:
+    """All experiments of a plan, or only some, one after the other; False where it was stopped."""
     for name, config in plan.experiments.items():
+        if only is not None and name not in only:
+            continue
         folder = out / name
         threads = experiment.prepare(config, folder)
         print(f"{plan.name}: {name}", file=sys.stderr, flush=True)

@@ -19,8 +19,8 @@ KEPT = ("cycle", "alive", "density", *MEASURES, "trainings", "shortfall", "train
 Evidence = dict[str, Any]
 
 
-def gather(plan: Plan, runs: Path) -> Evidence:
-    """Reads the folders of a plan below `runs`.
+def gather(plan: Plan, runs: Path, published: Evidence | None = None) -> Evidence:
+    """Reads the folders of a plan below `runs`; an experiment that has no finished run there stays as it was published.
 
     Runs that are not there are left out, and their number is kept: a page says what is missing.
 
@@ -28,6 +28,7 @@ def gather(plan: Plan, runs: Path) -> Evidence:
         FolderError: nothing is there, or a folder holds another experiment than the plan's.
     """
     folders: dict[str, Any] = {}
+    here = machine()
     for name in (*plan.experiments, *plan.reuses):
         out = runs / name
         if not (out / "experiment.json").exists():
@@ -47,13 +48,17 @@ def gather(plan: Plan, runs: Path) -> Evidence:
         if done:
             folders[name] = {
                 "experiment": wanted.to_dict(),
+                "machine": here,
                 "arms": arms,
                 "missing": len(experiment.jobs(wanted)) - done,
                 "over_steps": _over_steps(out, wanted) if plan.name == "dead-neurons" else {},
             }
     if not folders:
         raise FolderError(f"{runs} has no finished run of the plan {plan.name}: run it first")
-    return {"schema": SCHEMA, "plan": plan.name, "machine": machine(), "folders": folders}
+    if published is not None:
+        kept = {name: {"machine": published["machine"], **entry} for name, entry in published["folders"].items()}
+        folders = {name: (kept | folders)[name] for name in (*plan.experiments, *plan.reuses) if name in kept | folders}
+    return {"schema": SCHEMA, "plan": plan.name, "machine": here, "folders": folders}
 
 
 def _short(value: Any) -> Any:

@@ -29,7 +29,10 @@ def page(plan: Plan, evidence: Evidence) -> str:
 
 def _text(plan: Plan, evidence: Evidence, parts: Parts) -> str:
     findings, tables, _ = parts
-    machine = evidence["machine"]
+    machines = {
+        f"{machine['cpu']}, one thread a run, torch {machine['torch']}, Python {machine['python']}": None
+        for machine in (entry.get("machine", evidence["machine"]) for entry in evidence["folders"].values())
+    }
     missing = {name: entry["missing"] for name, entry in evidence["folders"].items() if entry["missing"]}
     absent = [name for name in plan.experiments if name not in evidence["folders"]]
     hours = sum(
@@ -56,7 +59,7 @@ def _text(plan: Plan, evidence: Evidence, parts: Parts) -> str:
         f"```\npython -m recipes answer {plan.name} --out RUNS --docs docs            # runs what is left\n"
         f"python -m recipes answer {plan.name} --out RUNS --docs docs --report   # only the page, from the runs\n"
         f"python -m recipes answer {plan.name} --docs docs                       # the same, from its numbers\n```",
-        f"{machine['cpu']}, one thread a run, torch {machine['torch']}, Python {machine['python']}; "
+        f"{'; '.join(machines)}; "
         f"{hours / 3600:.1f} hours of training, on a machine with other work. ± and brackets are 95 % intervals over "
         "seeds (Student's t), differences are paired by seed, p is of the paired t-test, *detectable* is the "
         "difference that so many pairs show with 80 % power. The whole configuration of every experiment is "

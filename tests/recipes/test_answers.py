@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes import experiment
 from recipes.answers import command, criteria, evidence, pages, plans
@@ -126,6 +127,36 @@ def test_what_is_missing_is_said_and_what_is_another_experiments_refused(runs: P
     other = replace(plan, experiments={"criteria-global": replace(TINY, lr=0.1)})
     with pytest.raises(FolderError, match="another experiment"):
         evidence.gather(other, runs)
+
+
+def test_what_is_published_stays_where_nothing_was_run(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page's numbers can be completed by whoever has only some of the runs."""
+    plan = replace(plans.get("criteria"), experiments={"criteria-global": TINY, "confirm-cnn": replace(TINY, seeds=3)})
+    monkeypatch.setitem(plans.PLANS, "criteria", plan)
+    old = evidence.gather(plan, runs)
+    other = {**old["folders"].pop("criteria-global"), "missing": 7}
+    del other["machine"]  # as older files are
+    old["folders"] = {"confirm-cnn": other, "criteria-global": other}
+    old["machine"] = {"cpu": "an abacus", "torch": "1", "python": "2"}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "criteria.json").write_text(json.dumps(old))
+    arguments = ["criteria", "--out", str(runs), "--docs", str(tmp_path)]
+    assert command.main([*arguments, "--only", "criteria-global"]) == 0
+    new = json.loads((tmp_path / "results" / "criteria.json").read_text())["folders"]
+    assert list(new) == ["criteria-global", "confirm-cnn"]
+    assert new["criteria-global"]["missing"] == 0
+    assert new["confirm-cnn"] == {**other, "machine": old["machine"]}
+    assert not (runs / "confirm-cnn").exists()
+    text = (tmp_path / "results" / "criteria.md").read_text()
+    assert "an abacus, one thread a run, torch 1, Python 2" in text
+    assert f"torch {torch.__version__}" in text
+    assert "confirm-cnn (7 runs)" in text
+    with pytest.raises(ValueError, match=r"unknown experiment 'confirm-cn'; close: confirm-cnn"):
+        command.main([*arguments, "--only", "confirm-cn"])
+    with pytest.raises(FolderError, match=r"criteria.json is missing: --out RUNS makes it"):
+        command.main(["criteria", "--docs", str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "results").glob("*.md")), ids=lambda path: path.stem)
