@@ -5,6 +5,7 @@ With one process everything here does nothing.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,10 +89,12 @@ def joined() -> Iterator[None]:
     if not launched() or _joined():
         yield
         return
+    # Its functions take the process group as default arguments, when they are imported. DistributedDataParallel imports
+    # them: after the group is there they would keep it, and gloo's threads, which abort a process that exits over them.
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield
-        dist.all_reduce(torch.zeros(()))  # by gloo: who disconnects while others still listen may abort them
     finally:
         dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the process group, which it would otherwise keep
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the process group, which it would otherwise keep
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
