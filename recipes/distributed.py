@@ -5,6 +5,7 @@ With one process everything here does nothing.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -96,6 +97,7 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # wrapped models, which hold the group, are in cycles of references
         dist.destroy_process_group()
 
 
