@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--log-every", type=int, default=200, help="steps between two logs (default: 200)")
     watch.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module, as in python -m")
     watch.add_argument("script", help="the training script")
-    watch.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    rest = watch.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    rest.required = False  # argparse's error for a missing script would name both
+    watch.set_defaults(error=watch.error)  # with the usage of this command
     return parser
 
 
@@ -56,20 +58,19 @@ def _is_module(name: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; what the watched script raises is raised."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if options.module and not _is_module(options.script):
-        parser.error(f"no such module: {options.script}")
+        options.error(f"no such module: {options.script}")
     if not options.module and not os.path.isfile(options.script):
-        parser.error(f"no such script: {options.script}")
+        options.error(f"no such script: {options.script}")
     out = Path(options.out or default_folder(options.script)).absolute()
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):  # said now, and not after hours of training
-        parser.error(f"--out: {there} is not a folder that can be written")
+        options.error(f"{there} is not a folder that can be written: name another with --out")
     try:
         watcher = Watcher(out, options.every, options.log_every)
     except ValueError as error:
-        parser.error(str(error))
+        options.error(str(error))
     if not is_first_rank():
         _run(options.script, options.arguments, options.module)
         return

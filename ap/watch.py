@@ -64,7 +64,7 @@ class Watcher:
     """Attaches monitors to whatever is trained in this process, from `start()` to `finish()`.
 
     Args:
-        folder: where events and reports go; made when the first model is found.
+        folder: where events and reports go, each model's in a new folder of its own there.
         every: a monitor observes the first pass and then every so many.
         log_every: optimizer steps between two logs; a last one comes at the end.
     """
@@ -76,7 +76,7 @@ class Watcher:
         self.folder = Path(folder).absolute()
         self.every, self.log_every = every, log_every
         self.watched: list[_Watched] = []
-        self._names: set[str] = set()
+        self._trained = False  # whether any model was, watched or not
         self._called = CalledModules()
         self._known: weakref.WeakKeyDictionary[Optimizer, list[_Watched]] = weakref.WeakKeyDictionary()
         # How many steps were made before the model was seen.
@@ -94,8 +94,11 @@ class Watcher:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if not self._names:
-            _say("no model was trained with a torch.optim optimizer in this process: nothing to report")
+        if not self._trained:
+            _say(
+                "nothing to report: no model was trained with a torch.optim optimizer in this process (processes that "
+                "the script starts itself are not watched)"
+            )
         for watched in self.watched:
             self._guard(lambda watched=watched: self._close(watched))  # type: ignore[misc]
         self.watched = []
@@ -129,32 +132,45 @@ class Watcher:
             self._missed[optimizer] = self._missed.get(optimizer, 0) + 1
             self._called.start()
             return
+        self._trained = True
         self._let_go()
         self._known[optimizer] = found = []
         for model in models:
             try:
                 found.append(self._watch(model, optimizer))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OSError) as error:
                 _say(f"{type(model).__name__} is not watched: {error}")
         self._called.stop()
 
     def _watch(self, model: nn.Module, optimizer: Optimizer) -> _Watched:
         monitor = DNRMonitor(model, every=self.every).attach()
+        try:
+            folder = self._own_folder(model)
+            writer = _writer(folder)
+        except OSError:
+            monitor.detach()
+            raise
+        name = folder.name
+        watched = _Watched(name, monitor, writer, weakref.ref(optimizer), 1 + self._missed.pop(optimizer, 0))
+        self.watched.append(watched)
+        _say(f"watching {name}, writing to {folder}")
+        return watched
+
+    def _own_folder(self, model: nn.Module) -> Path:
+        """A new folder, named after the model's class: two runs in one would be one curve with two beginnings."""
         core = model
         while len(core._modules) == 1 and next(iter(core._modules)) in ("module", "_orig_mod"):
             core = next(iter(core._modules.values())) or core
         name = base = type(core).__name__
         count = 1
-        while name in self._names:
-            count += 1
-            name = f"{base}-{count}"
-        self._names.add(name)
-        folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        watched = _Watched(name, monitor, _writer(folder), weakref.ref(optimizer), 1 + self._missed.pop(optimizer, 0))
-        self.watched.append(watched)
-        _say(f"watching {name}, writing to {folder}")
-        return watched
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                (self.folder / name).mkdir()
+                return self.folder / name
+            except FileExistsError:
+                count += 1
+                name = f"{base}-{count}"
 
     def _let_go(self) -> None:
         """Reports on models that are trained no more, so that a script that trains many does not keep them all."""

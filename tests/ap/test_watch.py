@@ -184,6 +184,36 @@ def test_models_that_are_trained_no_more_are_reported_and_let_go(watcher: Watche
     assert steps == {"Sequential": 6, "Sequential-2": 6, "Sequential-3": 6}
 
 
+def test_a_second_run_into_the_same_folder_leaves_the_first_ones_curve_and_report(tmp_path: Path) -> None:
+    for steps in (4, 6):
+        watcher = Watcher(tmp_path, every=1, log_every=2)
+        watcher.start()
+        model = _model()
+        _train(model, [torch.optim.SGD(model.parameters(), lr=0.1)], steps)
+        watcher.finish()
+    for name, steps in (("Sequential", [2, 4]), ("Sequential-2", [2, 4, 6])):
+        events = EventAccumulator(str(tmp_path / name)).Reload().Scalars("dnr/train/model/total")
+        assert sorted({event.step for event in events}) == steps
+        assert json.loads((tmp_path / name / "dnr.json").read_text())["steps"] == steps[-1]
+
+
+def test_where_nothing_can_be_written_or_watched_the_model_is_named_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    watcher = Watcher(tmp_path / "file" / "out", every=1)
+    watcher.start()
+    model, leaky = _model(), nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(), nn.Linear(8, 1))
+    for one in (model, leaky):
+        _train(one, [torch.optim.SGD(one.parameters(), lr=0.1)], 3)
+    watcher.finish()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("ap watch: Sequential is not watched: [Errno 20] Not a directory")
+    assert second.startswith("ap watch: Sequential is not watched: nothing in this model can die")
+
+
 def test_what_a_killed_script_logged_is_on_the_disk_within_a_second(tmp_path: Path) -> None:
     body = SCRIPT.replace("range(6)", "range(12)").replace("import sys, torch", "import os, sys, time, torch")
     script = tmp_path / "train.py"
@@ -204,7 +234,8 @@ def test_the_scripts_annotations_are_its_own(tmp_path: Path, monkeypatch: pytest
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.py").write_text("")
     for arguments, message in (
-        (["watch", "missing.py"], "no such script: missing.py"),
+        (["watch"], "watch: error: the following arguments are required: script\n"),
+        (["watch", "missing.py"], "watch: error: no such script: missing.py"),
         (["watch", "--every", "0", str(tmp_path / "train.py")], "every must be at least 1, not 0"),
         (["watch", "-m", "missing.module"], "no such module: missing.module"),
         (["watch", "--out", str(tmp_path / "train.py" / "x"), str(tmp_path / "train.py")], "train.py is not a folder"),
