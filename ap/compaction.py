@@ -40,6 +40,7 @@ def compact(model: nn.Module, example_input: Any, check: bool = True) -> nn.Modu
         The copy, in the mode of the original.
 
     Raises:
+        ValueError: the model is on the meta device.
         RuntimeError: the outputs differ, or the copy does not run: its code depends on a size that was changed.
 
     Example:
@@ -54,6 +55,8 @@ def compact(model: nn.Module, example_input: Any, check: bool = True) -> nn.Modu
         )
     """
     refuse_wrappers(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device, without any values: give it its weights first")
     model = unwrap(model)
     # What torch.nn.utils.prune computes is no leaf, which cannot be copied otherwise.
     computed = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor) and x.grad_fn is not None]
@@ -111,6 +114,8 @@ def compare(before: nn.Module, after: nn.Module, example_input: Any, rounds: int
         >>> compare(nn.Linear(8, 4), nn.Linear(8, 2), torch.zeros(1, 8)).macs
         (32, 16)
     """
+    for model in (before, after):
+        refuse_wrappers(model)
     from torch.utils.flop_counter import FlopCounterMode  # loads Triton where it is installed
 
     arguments = _arguments(example_input)

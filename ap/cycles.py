@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ap.names import unknown
 from ap.plugin import AP, Selection, split
 from ap.ranking import count_true, lowest
 from ap.rewind import Rewind, Snapshot
+from ap.warn import warn
 
 VARIANTS = ("none", "lite", "pro", "solo")
 _SCHEMA = 1
@@ -342,10 +342,9 @@ class Cycles:
         self.masks.remove(chosen)
         self._removed["activated"] = chosen.total
         if missing:
-            warnings.warn(
+            warn(
                 f"cycle {self.cycle}: AP found {chosen.total} of the {own} weights that it should remove; this arm "
-                "ends here, since its density would no longer equal the other arms'",
-                stacklevel=4,
+                "ends here, since its density would no longer equal the other arms'"
             )
             self.history[-1]["shortfall"] = missing
             self.done = True

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -29,6 +28,7 @@ from ap.dnr_tally import Tally
 from ap.dnr_watch import Hook, Watch, has_own_code, outermost_activations
 from ap.names import named_modules, refuse_wrappers
 from ap.tensorboard import LogEntry, write_report
+from ap.warn import warn
 
 MODES = ("train", "eval")
 
@@ -207,7 +207,15 @@ class DNRMonitor:
             writer: any object with SummaryWriter's methods.
             step: the training step.
             density: the share of weights that are alive, kept in `history` for pictures against it.
+
+        Raises:
+            TypeError: the writer cannot write scalars.
         """
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(
+                "expected a writer with add_scalar(tag, value, step), such as SummaryWriter, got "
+                f"{type(writer).__name__}; ap.compat.loggers has others, one of them for loggers with log_metrics"
+            )
         self._collect()
         for mode in MODES:
             window, past = self._window[mode], self._past[mode]
@@ -314,10 +322,9 @@ class DNRMonitor:
         self._overlaps += 1
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "several threads pass this model forward at once, and DNRMonitor counts none of the passes that "
-                "overlap: give each thread a model of its own, or pass one at a time",
-                stacklevel=4,
+                "overlap: give each thread a model of its own, or pass one at a time"
             )
         return True
 
@@ -374,11 +381,13 @@ def measure_dnr(model: nn.Module, batches: Iterable[Any], eps: float | None = No
 
     Args:
         model: see `DNRMonitor`.
-        batches: tensors, or (inputs, targets) pairs; moved to the device of the model's parameters.
+        batches: tensors, or (inputs, targets) pairs; moved to the device of the model's parameters. For a model whose
+            inputs are something else, run its passes yourself, in evaluation mode, within `DNRMonitor(model, every=1)`.
         eps: see `DNRMonitor`.
 
     Raises:
-        ValueError: there are no batches, or nothing in the model can die.
+        ValueError: there are no batches, the model is on the meta device, or nothing in it can die.
+        TypeError: a batch of another kind.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
@@ -388,11 +397,18 @@ def measure_dnr(model: nn.Module, batches: Iterable[Any], eps: float | None = No
     monitor = DNRMonitor(model, every=1, eps=eps)
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.is_meta:
+        raise ValueError("the model is on the meta device, without any values: give it its weights first")
     try:
         model.eval()
         with monitor:
             for batch in batches:
-                inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+                inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+                if not hasattr(inputs, "to"):
+                    raise TypeError(
+                        f"measure_dnr takes batches of tensors, or of (inputs, targets), not {type(inputs).__name__}: "
+                        "for others, run the model in evaluation mode within DNRMonitor(model, every=1)"
+                    )
                 model(inputs.to(parameter.device) if parameter is not None else inputs)
     finally:
         for module, training in modes.items():

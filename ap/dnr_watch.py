@@ -7,7 +7,6 @@ can trace; everything else happens in `begin` and `end`, outside of any graph.  
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -29,6 +28,7 @@ from ap.activations.ranges import (
     unread,
 )
 from ap.dnr_count import count_nonzero_over_batch, count_over_batch, dead_mask
+from ap.warn import warn
 
 # Their output is 0 exactly where they are dead: counting what is not 0 there costs less than comparing the input.
 _ZERO_WHERE_DEAD = (nn.ReLU, nn.ReLU6)
@@ -199,11 +199,10 @@ class Watch:
         self._fused = {module: _scope_of(module, name) for module, name in names.items() if isinstance(module, _FUSED)}
         for module, name in names.items():
             if not name and module in self._fused:  # its forward is chosen before a hook could replace it
-                warnings.warn(
+                warn(
                     f"the model is itself an nn.{type(module).__name__}, whose fused evaluation path is off while a "
                     "monitor is attached (outputs equal to rounding, padding not zeroed); "
-                    "to keep it, monitor a module that contains it",
-                    stacklevel=4,
+                    "to keep it, monitor a module that contains it"
                 )
         bare = {part for module in self._fused for part in module.modules()}
         self._sites: list[_Site] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +30,7 @@ from ap.slots import (
     zeros_of,
 )
 from ap.steps import after_every_step
+from ap.warn import warn
 
 Scope = Literal["global", "layer", "row", "group"]
 _SCHEMA = 1
@@ -93,7 +93,7 @@ class Masks:
         self.from_torch_prune_()
         for name, slot in self._slots.items():
             if not count_true(slot.mask):
-                warnings.warn(f"{name} has no weight that is alive", stacklevel=2)
+                warn(f"{name} has no weight that is alive")
 
     @classmethod
     def from_zeros(cls, model: nn.Module, **kwargs: Any) -> Masks:
@@ -102,6 +102,7 @@ class Masks:
         Example:
             >>> layer = nn.Linear(2, 1)
             >>> _ = nn.init.constant_(layer.weight, 0.0)
+            >>> import warnings
             >>> with warnings.catch_warnings(action="ignore"):
             ...     Masks.from_zeros(layer).alive
             0
@@ -265,7 +266,7 @@ class Masks:
                 if after == 0:
                     emptied.append(name)
         if emptied:
-            warnings.warn(f"pruning left no weight in {', '.join(emptied)}", stacklevel=3)
+            warn(f"pruning left no weight in {', '.join(emptied)}")
         return gone
 
     @torch.no_grad()
@@ -317,10 +318,9 @@ class Masks:
             nonlocal warned
             if not enforce(slots, stepped) and not warned:
                 warned = True
-                warnings.warn(
+                warn(
                     f"this {type(stepped).__name__} no longer holds any of the masked weights, which something "
-                    "replaced (load_state_dict(assign=True)?): make a new optimizer, and bind it",
-                    stacklevel=4,
+                    "replaced (load_state_dict(assign=True)?): make a new optimizer, and bind it"
                 )
 
         handles: list[Handle] = [optimizer.register_step_post_hook(after_step)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ap.names import close_names
 from ap.ranking import Elementwise, LazyScores, count_true, lowest
 from ap.slots import Handle, Kept, parameter_ids, zeros_of
 from ap.steps import after_every_step
+from ap.warn import warn
 
 _SCHEMA = 1
 
@@ -215,9 +215,8 @@ class AP:
         wanted = self._count(count)
         self.shortfall = wanted - chosen.total
         if self.shortfall:
-            warnings.warn(
-                f"AP found {chosen.total} of the {wanted} weights that it should remove: no further candidate is alive",
-                stacklevel=2,
+            warn(
+                f"AP found {chosen.total} of the {wanted} weights that it should remove: no further candidate is alive"
             )
         self.masks.remove(chosen)
         return chosen
@@ -287,10 +286,9 @@ class AP:
         self._warned = True
         kinds = {type(m).__name__: dead_range(m) for m in self.model.modules() if is_activation(m)}
         if kinds and all(interval is None for interval in kinds.values()):
-            warnings.warn(
+            warn(
                 f"no neuron of this model can die ({', '.join(kinds)} cannot): AP removes weights all the same, but it "
-                "wakes nothing",
-                stacklevel=4,
+                "wakes nothing"
             )
 
     def _follow(self, kept: Mapping[nn.Parameter, Kept]) -> None:
@@ -384,7 +382,9 @@ class AP:
                     "ap.explain(model) shows what each has"
                 )
             return chosen
-        patterns = [where] if isinstance(where, str) else list(where)
+        patterns = [where] if isinstance(where, str) else list(where or ())
+        if not patterns:
+            raise ValueError(f"where={where!r} names no layer: 'all', 'rectified', or names and globs")
         matched: set[str] = set()
         for pattern in patterns:
             hits = {

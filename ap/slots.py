@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import Optimizer
 
 from ap.names import close_names, named_modules
+from ap.warn import warn
 
 Filter = str | Iterable[str] | Callable[[str, nn.Module], bool]
 _LARGE = 1 << 16  # elements from which on NumPy's speed is worth its calls, after every step
@@ -286,10 +286,9 @@ def find_slots(model: nn.Module, include: Filter | None, exclude: Filter | None)
     for prefix, module in named_modules(model):
         prunable = _weight_attributes(module)
         if _is_computed(module):
-            warnings.warn(
+            warn(
                 f"{prefix or type(module).__name__}: its weight is computed, by a parametrization, weight_norm or "
-                "spectral_norm, and is left out",
-                stacklevel=3,
+                "spectral_norm, and is left out"
             )
         for attribute, parameter in module._parameters.items():
             if parameter is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -16,6 +15,7 @@ from ap.masks import Masks, Scope, check_share
 from ap.names import unknown
 from ap.ranking import pieces
 from ap.ranks import reduce_over_ranks
+from ap.warn import warn
 from pruners.densities import check_density, remove_lowest
 from pruners.schedules import exponential, removed_by
 
@@ -82,8 +82,9 @@ class Pruner:
         With n rounds, ρ^(k/n) of the weights are left after round k, ρ = 1 − amount.
 
         Raises:
-            ValueError: an amount outside (0, 1), missing data, scores that carry no information.
+            ValueError: another model's masks, an amount outside (0, 1), missing data, scores that carry no information.
         """
+        check_owner(model, masks)
         alive = masks.alive
         gone = check_share(amount, "amount", alive)
         if self.needs_data:
@@ -119,6 +120,17 @@ class Pruner:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, scope={self.scope!r}, needs_data={self.needs_data})"
+
+
+def check_owner(model: nn.Module, masks: Masks) -> None:
+    """Raises ValueError where masks are of another model, which would be pruned in place of the one that was given."""
+    held = {id(parameter) for parameter in model.parameters()}
+    strange = next((name for name in masks if id(masks.weight(name)) not in held), None)
+    if strange is not None:
+        raise ValueError(
+            f"these masks are of another model, this one does not hold their {strange}: was it copied? "
+            "Masks(model) makes its own"
+        )
 
 
 def register(name: str) -> Callable[[_P], _P]:
@@ -254,9 +266,7 @@ def checked(scores: Mapping[str, Tensor], masks: Masks, who: str, begun: bool = 
                 raise ValueError(f"{who}: {name} has scores that are not finite")
             informative = informative or bool(((score != 0) & alive).any())
     if not informative and begun:
-        warnings.warn(
-            f"{who}: pruning has cut the network off, every score is zero; the rest goes by position", stacklevel=3
-        )
+        warn(f"{who}: pruning has cut the network off, every score is zero; the rest goes by position")
     elif not informative:
         raise ValueError(
             f"{who}: every score is zero, so they rank nothing. Do the gradients vanish, e.g. behind a layer that was "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from ap.graph import trace
 from ap.masks import Masks
+from ap.warn import warn
 from pruners.base import Batches, LossFn, Pruner, register
 from pruners.energy import Energies
 
@@ -48,9 +48,7 @@ class Lookahead(Pruner):
                 )
             scores[name] = _score(masks.weight(name).detach(), masks.module(name), before, after)
         if lost:
-            warnings.warn(
-                f"lookahead cannot follow the graph at {', '.join(lost)}; that side counts as 1", stacklevel=3
-            )
+            warn(f"lookahead cannot follow the graph at {', '.join(lost)}; that side counts as 1")
         return scores
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from ap.masks import Masks
 from ap.ranking import lowest_per_row
-from pruners.base import Batches, LossFn, Pruner, checked, register
+from ap.warn import warn
+from pruners.base import Batches, LossFn, Pruner, check_owner, checked, register
 
 
 @register("nm")
@@ -53,8 +53,9 @@ class NM(Pruner):
             amount: 1 − n/m, which is also the default: nothing else is possible.
 
         Raises:
-            ValueError: another amount, or no layer whose input axis is a multiple of m.
+            ValueError: another amount, another model's masks, or no layer whose input axis is a multiple of m.
         """
+        check_owner(model, masks)
         share = 1 - self.n / self.m
         # A loop that counts weights asks for round(share × alive) / alive.
         if amount is not None and not abs(amount - share) <= min(1e-3, 0.5 / max(1, masks.alive) + 1e-12):
@@ -64,9 +65,7 @@ class NM(Pruner):
         if not fits:
             raise ValueError(f"no layer has an input axis that is a multiple of {self.m}")
         if whole:
-            warnings.warn(
-                f"{', '.join(whole)}: the input axis is no multiple of {self.m}, so these stay whole", stacklevel=2
-            )
+            warn(f"{', '.join(whole)}: the input axis is no multiple of {self.m}, so these stay whole")
         scores = checked(self.scores(model, masks), masks, self.name)
         return masks.remove({name: self._surplus(scores[name], masks[name]) for name in fits})
 

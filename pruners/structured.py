@@ -24,7 +24,7 @@ from ap.graph_trace import clean_name, unwrap
 from ap.masks import Masks, check_share
 from ap.ranking import apportion, lowest
 from ap.slots import Kept
-from pruners.base import Batches, LossFn, Pruner, repeatable, undisturbed
+from pruners.base import Batches, LossFn, Pruner, check_owner, repeatable, undisturbed
 from pruners.schedules import exponential, removed_by
 
 
@@ -98,9 +98,10 @@ class Structured(Pruner):
 
         Raises:
             ImportError: torch-pruning is not installed.
-            ValueError: an amount outside (0, 1), missing data, or no channel that can go.
+            ValueError: an amount outside (0, 1), another model's masks, missing data, or no channel that can go.
         """
         check_share(amount, "amount", 1)
+        check_owner(model, masks)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise TypeError(
                 f"{self.name} makes layers smaller, which DistributedDataParallel's buckets do not follow: prune "

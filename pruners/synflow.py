@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ap.graph_trace import unwrap
 from ap.masks import Masks
 from ap.slots import multiply_
+from ap.warn import warn
 from pruners.base import Batches, LossFn, Pruner, register, undisturbed
 
 ROUNDS = 100
@@ -60,9 +60,7 @@ class SynFlow(Pruner):
             structure = _gradients(plain, {**state, **even}, keys, inputs)
             unfollowed = [name for name in cut if not bool(structure[name].any())]
             if unfollowed:
-                warnings.warn(
-                    f"synflow cannot follow {', '.join(unfollowed)} to the output; they are pruned last", stacklevel=3
-                )
+                warn(f"synflow cannot follow {', '.join(unfollowed)} to the output; they are pruned last")
             for name in unfollowed:
                 scores[name].fill_(torch.finfo(scores[name].dtype).max)
         return scores

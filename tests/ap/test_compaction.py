@@ -297,3 +297,11 @@ def test_comparison_counts_and_prints():
     assert model.training
     assert result.to_dict()["macs"] == {"before": 2736, "after": 1368}
     assert "MACs per sample            2,736           1,368           0.500" in str(result)
+
+
+def test_models_without_values_and_what_is_no_model_are_refused():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="meta device"):
+        compact(copy.deepcopy(model).to("meta"), torch.zeros(2, 4))
+    with pytest.raises(TypeError, match="got Tensor"):
+        compare(model, torch.zeros(2, 4), model)

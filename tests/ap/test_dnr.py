@@ -591,3 +591,19 @@ def test_a_model_that_moves_keeps_its_counts():
         model(torch.tensor([[1.0, -1.0]]))
         model.double()(torch.tensor([[1.0, -1.0]], dtype=torch.float64))
     assert monitor.report().layers["1"].alive_counts()[0].tolist() == [2, 0]
+
+
+def test_bad_input_is_answered_with_what_would_be_right():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    for batch in ({"x": torch.randn(3, 4)}, [[1.0, 2.0]], []):
+        with pytest.raises(TypeError, match=r"batches of tensors.*within DNRMonitor"):
+            measure_dnr(model, [batch])
+    with pytest.raises(ValueError, match="meta device"):
+        measure_dnr(copy.deepcopy(model).to("meta"), [torch.randn(3, 4)])
+    assert model.training
+    with DNRMonitor(model, every=1) as monitor:
+        model(torch.randn(3, 4))
+        for writer in ("runs", None, print):
+            with pytest.raises(TypeError, match=r"add_scalar.*log_metrics"):
+                monitor.log(writer, 1)
+    assert monitor.report().layers["1"].samples == 3

@@ -441,3 +441,21 @@ def test_a_model_whose_neurons_cannot_die_is_pointed_out_once():
         with plugin.cycle():
             pass
     plugin.detach()
+
+
+@pytest.mark.parametrize("where", [None, [], ()])
+def test_where_must_name_a_layer(where):
+    with pytest.raises(ValueError, match="names no layer: 'all', 'rectified'"):
+        AP(network(), where=where)
+
+
+def test_warnings_name_the_users_line_whatever_lies_between():
+    model = network()
+    plugin = AP(model)
+    source = "with plugin.cycle(amount=0.2) as share:\n    model[2].weight.data.zero_()\n"
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        exec(compile(source, "train.py", "exec"), {"plugin": plugin, "model": model, "__name__": "__main__"})
+    assert [(w.filename, w.lineno, str(w.message)) for w in caught] == [
+        ("train.py", 1, "pruning left no weight in 2.weight")
+    ]
+    plugin.detach()

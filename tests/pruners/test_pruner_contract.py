@@ -304,3 +304,13 @@ def test_nothing_alive_and_nothing_to_remove_is_no_division():
 
     assert removed_by(exponential, 0.5, 0, 0) == 0
     assert removed_by(exponential, 0.5, 3, 0) == 0
+
+
+@pytest.mark.parametrize("name", ["magnitude", "nm", "structured-magnitude"])
+def test_masks_of_another_model_are_refused_and_that_one_stays(name):
+    model = models.create("cnn", image_size=8)
+    masks = Masks(model)
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"masks are of another model.*Masks\(model\) makes its own"):
+        pruners.create(name).prune(twin, masks, amount=0.5)
+    assert masks.alive == masks.total
