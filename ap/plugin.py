@@ -139,7 +139,8 @@ class AP:
         """One pruning cycle: train and prune inside the block; leaving it removes rate × (alive at its start) more.
 
         Weights that became exactly zero inside the block, or that torch.nn.utils.prune masks, count as pruned; weights
-        that were zero before do not. When the block raises, nothing is activated.
+        that were zero before do not. When the block raises, nothing is activated. A pruner that removed nothing, or
+        AP's part too, is warned about.
 
         Args:
             amount: p, the share of what is alive that this cycle removes, AP's part included, in (0, 1).
@@ -163,6 +164,7 @@ class AP:
         finally:
             self._in_cycle = False
         self.absorb()
+        _check_pruner(removed=alive - self.masks.alive, share=total - own, whole=total)
         self.activate(count=own)
 
     @torch.no_grad()
@@ -414,6 +416,17 @@ def split(alive: int, amount: float, rate: float) -> tuple[int, int]:
     if not alive:
         raise ValueError("no weight is alive: there is nothing left to prune")
     return total, own
+
+
+def _check_pruner(removed: int, share: int, whole: int) -> None:
+    """Warns of the two slips after which a run is no comparison any more."""
+    if not removed and share:
+        warn("the pruner removed nothing in this cycle: it has to zero or mask weights of AP's model inside the block")
+    elif removed == whole > share:
+        warn(
+            "the pruner removed the whole amount of this cycle, and AP's part comes on top: give it the share that "
+            "cycle() yields, not the amount"
+        )
 
 
 def _register(plugin: AP) -> Handle:

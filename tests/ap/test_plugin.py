@@ -1,5 +1,6 @@
 import copy
 import gc
+import re
 import warnings
 import weakref
 
@@ -459,3 +460,23 @@ def test_warnings_name_the_users_line_whatever_lies_between():
         ("train.py", 1, "pruning left no weight in 2.weight")
     ]
     plugin.detach()
+
+
+@pytest.mark.parametrize(
+    ("slip", "message"),
+    [
+        (lambda model, share: None, "the pruner removed nothing in this cycle"),
+        (lambda model, share: zero_smallest(model, 0.2), "give it the share that cycle.. yields, not the amount"),
+        (zero_smallest, None),
+    ],
+)
+def test_a_pruner_that_removes_nothing_or_the_whole_amount_is_pointed_out(slip, message):
+    model = network()
+    plugin = AP(model)
+    with warnings.catch_warnings(record=True, action="always") as caught, plugin.cycle(amount=0.2) as share:
+        train(model)
+        slip(model, share)
+    plugin.detach()
+    texts = [str(one.message) for one in caught]
+    assert len(texts) == bool(message)
+    assert all(re.search(message, text) for text in texts)
