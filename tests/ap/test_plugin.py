@@ -435,12 +435,12 @@ def test_where_rectified_limits_the_step():
 def test_a_model_whose_neurons_cannot_die_is_pointed_out_once():
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     plugin = AP(model)
-    with pytest.warns(UserWarning, match=r"no neuron of this model can die \(Tanh cannot\)"), plugin.cycle():
-        pass
+    with pytest.warns(UserWarning, match=r"no neuron of this model can die \(Tanh cannot\)"), plugin.cycle() as share:
+        zero_smallest(model, share)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with plugin.cycle():
-            pass
+        with plugin.cycle() as share:
+            zero_smallest(model, share)
     plugin.detach()
 
 
