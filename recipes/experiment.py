@@ -1,17 +1,16 @@
-"""Arms × seeds, each in a folder of its own: run, stopped, resumed, and side by side on a CPU."""
+"""Arms × seeds, each in a folder of its own: run, stopped, resumed, and side by side."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import multiprocessing
 import os
 import shlex
 import signal
-import threading
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.synchronize import Event
@@ -27,7 +26,7 @@ from ap.compaction import fit_
 from recipes import data as data_sets
 from recipes import distributed, models
 from recipes.config import SCHEMA, Experiment, Job, differences
-from recipes.engine import Diverged, Stopped, can_capture, device_of
+from recipes.engine import Stopped, can_capture, device_of
 from recipes.one_run import OneRun, Say
 from recipes.storage import (
     Checkpoints,
@@ -40,6 +39,7 @@ from recipes.storage import (
     state_errors,
     write_json,
 )
+from recipes.workers import start_worker, work
 
 MOST = {"threads": 1024, "seed": 2**63}  # what the configuration of an experiment allows
 
@@ -204,8 +204,8 @@ def execute(
 ) -> None:
     """Runs what is left of an experiment, or of some of its runs.
 
-    Several runs go side by side, one process each with this many threads: on a CPU as many as there are cores for, on a
-    GPU one at a time unless `workers` says more.
+    Several runs go side by side: on a CPU as many as there are cores for, one process each with this many threads; on a
+    GPU one at a time unless `workers` says more, which then take turns in one process, see `recipes.turns`.
 
     Raises:
         Stopped: by SIGINT or SIGTERM, after every run has saved where it stands.
@@ -215,15 +215,22 @@ def execute(
     left = [job for job in (jobs(config) if only is None else only) if not is_done(out, job)]
     if not left:
         return
-    on_gpu = device_of(config.device).type != "cpu"
+    device = device_of(config.device)
+    on_gpu = device.type != "cpu"
     workers = workers or (1 if on_gpu else min(len(left), max(1, _cores() // threads)))
+    processes, turns = (1, workers) if on_gpu else (workers, 1)
     # The data set is packed before several processes want it.
     rehearse(config, load_data(config))
     context = multiprocessing.get_context("spawn")
     stop, queue = context.Event(), context.Queue()
     failures: list[str] = []
-    with stopping(stop), ProcessPoolExecutor(workers, context, _start, (stop, queue, threads, os.getpid())) as pool:
-        pending: dict[Future[str], Job] = {pool.submit(_work, config, out, job): job for job in left}
+    do = functools.partial(_do, config, out)
+    with (
+        stopping(stop),
+        ProcessPoolExecutor(processes, context, start_worker, (stop, queue, threads, os.getpid())) as pool,
+    ):
+        tasks = [left] if turns > 1 else [[job] for job in left]
+        pending = {pool.submit(work, do, task, device, turns): task for task in tasks}
         told = False
         while pending:
             finished, _ = wait(pending, timeout=0.2)
@@ -233,14 +240,15 @@ def execute(
             while not queue.empty():
                 say(queue.get())
             for future in finished:
-                job = pending.pop(future)
+                task = pending.pop(future)
                 try:
-                    outcome = future.result()
-                except Exception as error:
-                    outcome = f"{type(error).__name__}: {error}"
-                if outcome not in ("done", "stopped"):
-                    failures.append(f"{job.name}: {outcome}")
-                say({"event": outcome if outcome in ("done", "stopped") else "failed", "job": job.name, "why": outcome})
+                    failures += future.result()
+                except Exception as error:  # the process is gone
+                    for job in task:
+                        if not is_finished(out, job):
+                            why = f"{type(error).__name__}: {error}"
+                            failures.append(f"{job.name}: {why}")
+                            say({"event": "failed", "job": job.name, "why": why})
             if stop.is_set():
                 for future in list(pending):
                     if future.cancel():
@@ -360,32 +368,8 @@ def stopping(stop: Event, insist: bool = True) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_worker: dict[str, Any] = {}
-
-
-def _start(stop: Event, queue: Any, threads: int, parent: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent is told, and tells us
-    torch.set_num_threads(threads)
-    _worker.update(stop=stop, queue=queue)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    """Where the parent was killed, a worker must neither linger nor write behind the back of whoever resumes."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _work(config: Experiment, out: Path, job: Job) -> str:
-    try:
-        run(config, out / job.name, job, _worker["queue"].put, _worker["stop"].is_set)
-    except Stopped:
-        return "stopped"
-    except (Diverged, FloatingPointError, ValueError, OSError) as error:
-        return str(error)
-    return "done"
+def _do(config: Experiment, out: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
+    run(config, out / job.name, job, say, stopped)
 
 
 def run(config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:

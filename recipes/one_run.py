@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from recipes.config import SCHEMA, Experiment, Job
 from recipes.data import ImageData
 from recipes.effective import effective
 from recipes.engine import Diverged, Engine, Stopped
+from recipes.hearing import heard
 from recipes.recovery import Recovery
 from recipes.storage import Checkpoints, sha256, state_errors, write_json, write_rows
 
@@ -85,14 +85,9 @@ class OneRun:
         every = self.config.monitor_every
         self.monitor = DNRMonitor(self.engine.called(self.model), every) if every else None
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                try:
-                    self.go_on()
-                    self.loop.run(self.train, self.on_phase)
-                finally:
-                    for warning in {str(w.message) for w in caught if issubclass(w.category, UserWarning)}:
-                        self.say({"event": "warning", "job": self.job.name, "why": warning})
+            with heard(lambda why: self.say({"event": "warning", "job": self.job.name, "why": why})):
+                self.go_on()
+                self.loop.run(self.train, self.on_phase)
             distributed.on_main(self.finish)
         finally:
             self.writer.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,8 +36,10 @@ from recipes import data as data_sets
 from recipes import models, presets
 from recipes.data import DataError, ImageData, ImageSet
 from recipes.engine import Engine, Training
+from recipes.turns import Turns
 
 ENGINE, LOOP = "this project's engine", "DataLoader loop"
+IN_TURN, PROCESSES = "in turn in one process", "in processes of their own"
 
 
 def images(limit: int | None) -> tuple[ImageData, str]:
@@ -235,15 +238,42 @@ def one_of_many(options: Any, limit: int | None, threads: int, barrier: Any, que
     queue.put((began, time.time()))
 
 
-def side_by_side(options: Any, limit: int | None, count: int, epoch_images: int) -> float:
-    """Images a second of this many runs in processes of their own, together."""
+def many_in_one(options: Any, limit: int | None, threads: int, barrier: Any, queue: Any) -> None:
+    """One process with as many trainings as the barrier has parties, in turn; else the same."""
+    torch.set_num_threads(threads)
+    data, _ = images(limit)
+    turns, ready = Turns(torch.device(options.device)), 0
+
+    def train() -> None:
+        nonlocal ready
+        with turns.taken():
+            _, training = engine_epochs(engine_of(options, data))
+            training.run_epoch(lambda step: turns.pass_on())
+            ready += 1
+            while ready < barrier.parties:
+                turns.pass_on()
+            began = time.time()
+            for _ in range(options.rounds):
+                training.run_epoch(lambda step: turns.pass_on())
+            queue.put((began, time.time()))
+
+    threads_ = [threading.Thread(target=train) for _ in range(barrier.parties)]
+    for thread in threads_:
+        thread.start()
+    for thread in threads_:
+        thread.join()
+
+
+def side_by_side(options: Any, limit: int | None, count: int, epoch_images: int, in_turn: bool) -> float:
+    """Images a second of this many runs together: in turn in one process, as experiments do, or in one process each."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(count), context.Queue()
     given = (options, limit, options.threads, barrier, queue)
-    processes = [context.Process(target=one_of_many, args=given, daemon=True) for _ in range(count)]
+    targets = [many_in_one] if in_turn else [one_of_many] * count
+    processes = [context.Process(target=target, args=given, daemon=True) for target in targets]
     for process in processes:
         process.start()
-    times = [queue.get(timeout=1800) for _ in processes]
+    times = [queue.get(timeout=1800) for _ in range(count)]
     for process in processes:
         process.join()
     return count * options.rounds * epoch_images / (max(end for _, end in times) - min(start for start, _ in times))
@@ -309,10 +339,13 @@ def main() -> None:
     moved, speed = traffic(eager), bandwidth(options.device)
     bytes_of = "what the operations of a step read and write, one by one"
     counts = options.side_by_side if options.side_by_side is not None else [1, 2, 4, 8] if on_gpu else []
-    together = {number: side_by_side(options, limit, number, count) for number in counts}
-    for number, summed in together.items():
-        print(f"{number} side by side: {summed:,.0f} images/s")
-    best = max(together.values(), default=None) if on_gpu else None
+    together: dict[str, dict[int, float]] = {}
+    for way in (IN_TURN, PROCESSES) if counts else ():
+        together[way] = {}
+        for number in counts:
+            together[way][number] = side_by_side(options, limit, number, count, way == IN_TURN)
+            print(f"{number} side by side, {way}: {together[way][number]:,.0f} images/s", flush=True)
+    best = max(together[IN_TURN].values()) if on_gpu and counts else None
     ratio = by_name(rows, ENGINE)["ratio"]
     save(
         options.json,
@@ -337,7 +370,7 @@ def main() -> None:
     )
 
 
-def about(operations: list[dict[str, Any]], together: dict[int, float]) -> str:
+def about(operations: list[dict[str, Any]], together: dict[str, dict[int, float]]) -> str:
     """The paragraph above the tables."""
     longest = ", ".join(f"`{row['operation']}` {100 * row['share']:.0f} %" for row in operations[:5])
     text = (
@@ -345,9 +378,9 @@ def about(operations: list[dict[str, Any]], together: dict[int, float]) -> str:
         "engine's batches come in channels_last, the loops' as torchvision makes them. "
         f"The operations that take longest themselves in the engine's steps: {longest}.\n"
     )
-    if together:
-        sums = ", ".join(f"{number}: {summed:,.0f}" for number, summed in together.items())
-        text += f"Images a second of so many runs side by side, together: {sums}.\n"
+    for way, summed in together.items():
+        sums = ", ".join(f"{number}: {speed:,.0f}" for number, speed in summed.items())
+        text += f"Images a second of so many runs side by side, {way}, together: {sums}.\n"
     return text
 
 

@@ -1,0 +1,94 @@
+"""Processes that do an experiment's runs: one run after the other each, or several that take turns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import torch
+
+from recipes.config import Job
+from recipes.engine import Diverged, Stopped
+from recipes.one_run import Say
+from recipes.turns import Turns
+
+Do = Callable[[Job, Say, Callable[[], bool]], None]
+_worker: dict[str, Any] = {}
+
+
+def start_worker(stop: Event, queue: Any, threads: int, parent: int) -> None:
+    """What a process does first.
+
+    Args:
+        stop: set where runs are to save and stop.
+        queue: takes what they say.
+        threads: of the CPU, for each of its runs.
+        parent: the process that it ends with.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent is told, and tells us
+    torch.set_num_threads(threads)
+    _worker.update(stop=stop, queue=queue)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    """Where the parent was killed, a worker must neither linger nor write behind the back of whoever resumes."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def work(do: Do, jobs: Sequence[Job], device: torch.device, side_by_side: int = 1) -> list[str]:
+    """Does some runs, so many of them side by side, in turn; returns how each that was begun ended, where not well.
+
+    Args:
+        do: does a run, says what happens, and asks after each step whether to stop.
+        jobs: the runs.
+        device: what they train on.
+        side_by_side: how many.
+    """
+    say, stopped = _worker["queue"].put, _worker["stop"].is_set
+    if side_by_side == 1:
+        return [text for job in jobs if (text := _outcome(do, job, say, stopped))]
+    turns, left, failures = Turns(device), list(reversed(jobs)), list[str]()
+
+    def asked() -> bool:
+        turns.pass_on()
+        return stopped()  # type: ignore[no-any-return]
+
+    def one_after_the_other() -> None:
+        with turns.taken():
+            while left and not stopped():
+                if text := _outcome(do, left.pop(), say, asked):
+                    failures.append(text)
+
+    threads = [threading.Thread(target=one_after_the_other) for _ in range(min(side_by_side, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
+
+
+def _outcome(do: Do, job: Job, say: Say, stopped: Callable[[], bool]) -> str:
+    """Why a run failed, if it did; all that it ends with is said."""
+    try:
+        do(job, say, stopped)
+    except Stopped:
+        say({"event": "stopped", "job": job.name})
+        return ""
+    except (Diverged, FloatingPointError, ValueError, OSError) as error:
+        why = str(error)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    else:
+        say({"event": "done", "job": job.name})
+        return ""
+    say({"event": "failed", "job": job.name, "why": why})
+    return f"{job.name}: {why}"

@@ -1,0 +1,232 @@
+"""Runs that take turns in one process end as they would alone."""
+
+import functools
+import multiprocessing
+import threading
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ap import AP
+from recipes import experiment, workers
+from recipes.config import Experiment
+from recipes.hearing import heard
+from recipes.storage import Checkpoints, read_rows
+from recipes.turns import Turns
+
+CPU = torch.device("cpu")
+# Everything that draws: initial weights, data order, crops, rrelu's slopes, the pruner and the criterion.
+DRAWING = Experiment(
+    ap=("none", "lite:random", "pro"),
+    pruner="random",
+    model="cnn",
+    width=0.25,
+    activation="rrelu",
+    augment="crop-flip",
+    cycles=1,
+    epochs=2,
+    batch_size=200,
+    lr=0.02,
+    seeds=2,
+    probe=100,
+    threads=1,
+    device="cpu",
+    monitor_every=2,
+)
+
+
+class Box:
+    """In the place of a queue between processes."""
+
+    def __init__(self):
+        self.events = []
+
+    def put(self, event):
+        self.events.append(event)
+
+
+def worked(out, config, side_by_side, monkeypatch, stop=None, device=CPU):
+    box = Box()
+    monkeypatch.setitem(workers._worker, "queue", box)
+    monkeypatch.setitem(workers._worker, "stop", stop or threading.Event())
+    do = functools.partial(experiment._do, config, out)
+    experiment.prepare(config, out)
+    left = [job for job in experiment.jobs(config) if not experiment.is_done(out, job)]
+    return workers.work(do, left, device, side_by_side), box.events
+
+
+def results(out, config):
+    found = {}
+    for job in experiment.jobs(config):
+        rows = [{k: v for k, v in row.items() if k != "train_s"} for row in read_rows(out / job.name / "metrics.jsonl")]
+        state = Checkpoints(out / job.name / "checkpoints").latest()
+        found[job] = rows, state["model"], state["loop"]["masks"]["bits"]
+    return found
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for job, (rows, model, bits) in first.items():
+        assert rows == second[job][0], job.name
+        assert all(torch.equal(value, second[job][1][name]) for name, value in model.items()), job.name
+        assert all(torch.equal(value, second[job][2][name]) for name, value in bits.items()), job.name
+
+
+def test_runs_in_turn_end_bit_for_bit_as_alone_also_when_they_are_stopped(tmp_path, monkeypatch):
+    failures, _ = worked(tmp_path / "alone", DRAWING, 1, monkeypatch)
+    assert failures == []
+    stop, count = threading.Event(), [0]
+    original = Turns.pass_on
+
+    def pass_on(self):
+        count[0] += 1
+        if count[0] == 25:
+            stop.set()
+        original(self)
+
+    monkeypatch.setattr(Turns, "pass_on", pass_on)
+    failures, events = worked(tmp_path / "turns", DRAWING, 4, monkeypatch, stop)
+    assert failures == []
+    assert {event["job"] for event in events if event["event"] == "stopped"}  # and some had not begun
+    assert len(list(tmp_path.glob("turns/*/config.json"))) == 4
+    failures, events = worked(tmp_path / "turns", DRAWING, 4, monkeypatch)
+    assert failures == []
+    assert_same(results(tmp_path / "alone", DRAWING), results(tmp_path / "turns", DRAWING))
+    told = [event["job"] for event in events if event["event"] == "epoch"]
+    assert told != sorted(told)  # they really took turns
+
+
+def test_without_exchanging_random_numbers_they_would_differ(tmp_path, monkeypatch):
+    """That the test above can fail."""
+    worked(tmp_path / "alone", DRAWING, 1, monkeypatch)
+    monkeypatch.setattr(Turns, "_draw_from", lambda self, states: None)
+    worked(tmp_path / "turns", DRAWING, 4, monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_same(results(tmp_path / "alone", DRAWING), results(tmp_path / "turns", DRAWING))
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_each_hears_its_own_warnings(tmp_path, monkeypatch):
+    original, thread_of = experiment.run, {}
+
+    def run(config, folder, job, say, stopped):
+        if str(job.arm) == "pro":
+            stopped()
+            raise RuntimeError("out of something")
+        thread_of[job.name] = threading.get_ident()
+        original(config, folder, job, say, stopped)
+
+    monkeypatch.setattr(experiment, "run", run)
+    mark = AP.mark_start
+
+    def mark_start(self):
+        warnings.warn(f"of thread {threading.get_ident()}", stacklevel=1)
+        mark(self)
+
+    monkeypatch.setattr(AP, "mark_start", mark_start)
+    failures, events = worked(tmp_path, DRAWING, 2, monkeypatch)
+    assert failures == [f"pro-seed{seed}: RuntimeError: out of something" for seed in (0, 1)]
+    done = {event["job"] for event in events if event["event"] == "done"}
+    assert done == {"none-seed0", "none-seed1", "lite-random-seed0", "lite-random-seed1"}
+    heard_by = {event["job"]: event["why"] for event in events if event["event"] == "warning"}
+    assert heard_by == {job: f"of thread {thread}" for job, thread in thread_of.items()}
+    assert len(set(thread_of.values())) == 2
+
+
+def test_warnings_of_two_threads_at_once():
+    said, both = {0: [], 1: []}, threading.Barrier(2)
+
+    def talk(me):
+        with heard(said[me].append):
+            both.wait()
+            for _ in range(3):
+                warnings.warn(f"by {me}", stacklevel=1)
+                warnings.warn("not for users", DeprecationWarning, stacklevel=1)
+            both.wait()
+
+    threads = [threading.Thread(target=talk, args=(me,)) for me in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == {0: ["by 0"], 1: ["by 1"]}
+    with pytest.warns(UserWarning, match="afterwards"):
+        warnings.warn("afterwards", stacklevel=1)
+
+
+def test_an_experiment_for_a_gpu_is_done_in_turn_in_one_process(tmp_path, monkeypatch):
+    """The whole path with the pool's process; only the device is not what it says."""
+    asked = []
+
+    class Device:
+        type = "cuda"
+
+        def __reduce__(self):
+            return torch.device, ("cpu",)
+
+    monkeypatch.setattr(experiment, "device_of", lambda name: asked.append(name) or Device())
+    config = Experiment(cycles=1, epochs=1, batch_size=300, seeds=2, ap=("none", "lite"), width=0.25, probe=100)
+    monkeypatch.setattr(experiment, "rehearse", lambda *given: None)
+    experiment.prepare(config, tmp_path)
+    events = []
+    processes = set()
+
+    def say(event):
+        events.append(event)
+        processes.update(child.pid for child in multiprocessing.active_children())
+
+    experiment.execute(config, tmp_path, say, 1, workers=3)
+    assert asked
+    assert len(processes) <= 2  # one, and maybe a resource tracker
+    assert [event["event"] for event in events].count("done") == 4
+    assert all(experiment.is_done(tmp_path, job) for job in experiment.jobs(config))
+    first = [event["job"] for event in events if event["event"] == "row" and event["cycle"] == 0]
+    assert len(first) == 4
+
+
+def test_turns_go_round_and_a_late_one_joins_them():
+    turns, said = Turns(CPU), []
+
+    def count(name, steps):
+        with turns.taken():
+            for _ in range(steps):
+                said.append(name)
+                turns.pass_on()
+
+    def begun(name, steps, waiting):
+        thread = threading.Thread(target=count, args=(name, steps))
+        thread.start()
+        end = time.monotonic() + 10
+        while turns.waiting < waiting:
+            assert time.monotonic() < end
+        return thread
+
+    with turns.taken():
+        threads = [begun("a", 3, 1), begun("b", 1, 2)]
+        turns.pass_on()
+        assert said == ["a", "b"]
+        threads.append(begun("c", 2, 3))
+    for thread in threads:
+        thread.join()
+    assert said[:2] == ["a", "b"]
+    assert sorted(said[2:]) == ["a", "a", "c", "c"]
+    assert turns.waiting == 0
+    with turns.taken():  # and it is free again
+        turns.pass_on()
+
+
+@pytest.mark.gpu
+def test_captured_runs_in_turn_on_a_gpu(tmp_path, monkeypatch):
+    config = replace(DRAWING, device="cuda", precision="float32", deterministic=True, pruner="lamp")
+    failures, _ = worked(tmp_path / "alone", config, 1, monkeypatch, device=torch.device("cuda"))
+    assert failures == []
+    failures, _ = worked(tmp_path / "turns", config, 6, monkeypatch, device=torch.device("cuda"))
+    assert failures == []
+    alone, turns = results(tmp_path / "alone", config), results(tmp_path / "turns", config)
+    for job, (rows, model, _) in alone.items():
+        assert [row["alive"] for row in rows] == [row["alive"] for row in turns[job][0]]
+        assert rows[-1]["accuracy"] == pytest.approx(turns[job][0][-1]["accuracy"], abs=0.05)
+        for name, value in model.items():
+            torch.testing.assert_close(turns[job][1][name], value, rtol=0.1, atol=0.05, msg=f"{job.name} {name}")
