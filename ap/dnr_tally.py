@@ -60,10 +60,11 @@ class Tally:
         self.layers: dict[str, LayerTally] = {}
 
     def add_pass(self, calls: Iterable[Seen]) -> None:
-        """Adds one observed pass."""
+        """Adds one observed pass. Calls on nothing, such as a detector's head without proposals, have no rates."""
         self.passes += 1
         for seen in calls:
-            self.layers.setdefault(seen.name, LayerTally(seen.kind)).add(seen)
+            if seen.batch and seen.shape.numel():
+                self.layers.setdefault(seen.name, LayerTally(seen.kind)).add(seen)
 
     def merge(self, other: Tally) -> None:
         """Adds another tally, which stays as it is."""
@@ -134,7 +135,11 @@ class Tally:
         names = [name for name, layer in self.layers.items() if layer.settle()]
         if not names:
             kinds = ", ".join(sorted({layer.kind for layer in self.layers.values()}))
-            why = f"its activations ({kinds}) cannot" if kinds else "no activation was called in the passes observed"
+            why = (
+                f"its activations ({kinds}) cannot"
+                if kinds
+                else "no activation was called with any input in the passes observed"
+            )
             raise ValueError(f"nothing in this model can die: {why}")
         learning = {name: layer.learning for name, layer in self.layers.items() if layer.learning is not None}
         mortal = [layer.alive for layer in self.layers.values() if layer.can_die and layer.alive is not None]

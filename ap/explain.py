@@ -80,7 +80,8 @@ class Explanation:
             percent = 100 * sum(row.weights for row in rows) / max(1, total)
             return f"{verdict} for {len(rows)} ({percent:.1f} % of the weights)"
 
-        return f"AP's argument, over {len(self.rows)} layers: " + ", ".join(map(share, ("holds", "weakened", "fails")))
+        layers = f"{len(self.rows)} layer" + "s" * (len(self.rows) != 1)
+        return f"AP's argument, over {layers}: " + ", ".join(map(share, ("holds", "weakened", "fails")))
 
     @property
     def warnings(self) -> list[str]:

@@ -75,7 +75,10 @@ class Slot:
         """The layer."""
         module = self._module()
         if module is None:
-            raise ReferenceError(f"{self.name}: the model of these masks no longer exists")
+            raise ReferenceError(
+                f"{self.name}: the layer of this mask no longer exists; it was replaced, or its model is gone. New "
+                "layers need new masks: Masks(model)"
+            )
         return module
 
     def of_copy(self, memo: dict[int, Any]) -> Slot:

@@ -13,6 +13,7 @@ from torch import nn
 from ap.activations.ranges import MODULES, is_activation
 from ap.activations.registry import create
 from ap.names import close_names, named_modules
+from ap.warn import warn
 
 Filter = str | Iterable[str] | Callable[[str, nn.Module], bool]
 _GATES = (nn.Sigmoid, nn.Hardsigmoid)
@@ -67,7 +68,7 @@ def swap(
         parameters: of the new activation.
 
     Returns:
-        The number of modules replaced, which also has `.undo()` and `.skipped`.
+        The number of modules replaced, with a warning where that is 0; it also has `.undo()` and `.skipped`.
 
     Raises:
         ValueError: an unknown name or parameter, or a filter that matches no activation.
@@ -118,6 +119,9 @@ def swap(
                 undo.append((module, "inplace", {"inplace": True}, False))
                 module.inplace = False
     result_skipped |= _functional_calls(model)
+    if not replaced:
+        reasons = [f"{path}: {why}" if path else why for path, why in result_skipped.items()]
+        warn(f"swap() replaced nothing; {'; '.join(reasons) or 'this model has no activation module'}")
     result = Swapped(replaced)
     result.skipped, result._undo = result_skipped, undo
     return result

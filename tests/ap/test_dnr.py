@@ -607,3 +607,24 @@ def test_bad_input_is_answered_with_what_would_be_right():
             with pytest.raises(TypeError, match=r"add_scalar.*log_metrics"):
                 monitor.log(writer, 1)
     assert monitor.report().layers["1"].samples == 3
+
+
+def test_a_layer_that_is_called_on_nothing_has_no_rate():
+    class Detector(nn.Module):
+        """A head that sees as many proposals as there are."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return self.head(self.body(x)[x[:, 0] > 0])
+
+    nothing, something = torch.tensor([[-1.0, 1.0]]), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    report = measure_dnr(Detector(), [nothing])
+    assert {name: layer.total for name, layer in report.layers.items()} == {"body": 0.5}
+    report = measure_dnr(Detector(), [nothing, something, something[:0]])
+    assert report.layers["body"].samples == 3
+    assert (report.layers["head"].samples, report.layers["head"].total) == (1, 0.5)
+    with pytest.raises(ValueError, match="no activation was called with any input"):
+        measure_dnr(Detector(), [something[:0]])

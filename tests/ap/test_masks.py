@@ -1,4 +1,5 @@
 import copy
+import gc
 import itertools
 import warnings
 
@@ -398,3 +399,12 @@ def test_included_weights_of_other_kinds_stand_in_module_order():
     tied = nn.ModuleDict({"emb": nn.Embedding(3, 4), "first": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
     tied["head"].weight = tied["emb"].weight
     assert Masks(tied).names == ["first.weight", "head.weight"]
+
+
+def test_a_layer_that_was_replaced_is_named_with_the_remedy():
+    model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+    masks = Masks(model)
+    model[2] = nn.Linear(2, 3)
+    gc.collect()
+    with pytest.raises(ReferenceError, match=r"2.weight: the layer .* was replaced.*Masks\(model\)"):
+        masks.apply_()

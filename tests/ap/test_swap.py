@@ -132,3 +132,18 @@ def test_dropout_in_place_would_overwrite_what_the_new_activation_keeps() -> Non
     assert model[2].inplace
     assert swap(nn.Sequential(nn.Linear(4, 4), untouched := nn.Dropout(inplace=True)), "smelu") == 0
     assert untouched.inplace
+
+
+def test_who_swaps_nothing_is_told_why():
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return F.relu(self.fc(x))
+
+    with pytest.warns(UserWarning, match=r"replaced nothing; /relu: relu is called as a function: make it a module"):
+        assert swap(Called(), "helu") == 0
+    with pytest.warns(UserWarning, match="replaced nothing; this model has no activation module"):
+        assert swap(nn.Linear(2, 2), "helu") == 0
