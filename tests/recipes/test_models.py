@@ -283,15 +283,9 @@ def test_every_model(name: str) -> None:
 
 
 def built(name: str, activation: str) -> nn.Module:
-    if not name.startswith("torchvision/"):
-        return small(name, activation=activation)
-    model = create(name, activation=activation)  # which come in one width
-    if name == "torchvision/vgg16_bn":  # without the hundred million weights that read 7 × 7 copies of one position
-        model.avgpool = nn.AdaptiveAvgPool2d(1)
-        model.classifier[0] = nn.Linear(512, 4096)
-    elif name == "torchvision/vit_b_16":  # the other nine blocks are like these
-        model.encoder.layers = model.encoder.layers[:3]
-    return model
+    if name.startswith("torchvision/"):  # which come in one width
+        return create(name, activation=activation)
+    return small(name, activation=activation)
 
 
 def one_step_and_cycle(name: str, activation: str) -> None:
