@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer
+
+# torch.compile's: a hook is called twice for a compiled module. That does no harm here, and the user has set none.
+_HOOKED = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
 class CalledModules:
@@ -26,11 +31,14 @@ class CalledModules:
     def __init__(self) -> None:
         self._called: dict[int, weakref.ref[nn.Module]] = {}
         self._handle: Any = None
+        self._filter: Any = None
 
     def start(self) -> Self:
         """Begins to note; returns itself."""
         if self._handle is None:
             self._handle = register_module_forward_pre_hook(self._note)
+            warnings.filterwarnings("ignore", _HOOKED, UserWarning)
+            self._filter = warnings.filters[0]
         return self
 
     def stop(self) -> None:
@@ -38,6 +46,8 @@ class CalledModules:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            with suppress(ValueError):  # the script may have set filters of its own
+                warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
 
     def outermost(self, parameters: set[int]) -> list[nn.Module]:
         """The called modules that hold any of these parameters (their ids) and lie in no other called module."""

@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +157,18 @@ def test_two_optimizers_of_one_model_make_one_step(watcher: Watcher) -> None:
     _train(model, halves, 5)
     (watched,) = watcher.watched
     assert watched.step == 5
+
+
+def test_a_compiled_model_is_found_without_a_word_about_hooks_that_the_script_never_set(watcher: Watcher) -> None:
+    watcher.finish()
+    model = torch.compile(_model(), backend="eager")
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        before = list(warnings.filters)
+        watcher.start()
+        _train(model, [torch.optim.SGD(model.parameters(), lr=0.1)], 3)
+        assert warnings.filters == before
+    assert not [str(one.message) for one in caught if "hooks" in str(one.message)]
+    assert [one.name for one in watcher.watched] == ["Sequential"]
 
 
 def test_a_new_optimizer_a_cycle_goes_on_counting(watcher: Watcher) -> None:
