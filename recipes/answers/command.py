@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ap.names import unknown
 from recipes import experiment
 from recipes.answers import plans
@@ -24,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=None, help="where the runs are, a folder an experiment")
     made.add_argument("--docs", type=Path, default=None, help="write pages, numbers and pictures to DOCS/results")
     made.add_argument("--only", nargs="+", metavar="EXPERIMENT", help="run these of the plan's experiments, not all")
+    made.add_argument("--workers", type=int, help="how many runs go side by side; default: as for `run`")
     made.add_argument("--report", action="store_true", help="run nothing: only make the page from what there is")
     return made
 
@@ -45,7 +48,11 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{plan.name}: {plan.question}\n  {plan.text}\n  runs: {', '.join(plan.experiments)}\n")
         return 0
     for plan in chosen:
-        if options.out is not None and not options.report and not _run(plan, options.out, options.only):
+        run = options.out is not None and not options.report
+        if run and plan.needs_gpu and options.name is None and not torch.cuda.is_available():
+            print(f"{plan.name}: left out, since it needs a GPU; named, it is run in any case", file=sys.stderr)
+            continue
+        if run and not _run(plan, options.out, options.only, options.workers):
             return 130
         numbers = options.docs and options.docs / "results" / f"{plan.name}.json"
         published = read_json(numbers) if numbers and numbers.exists() else None
@@ -62,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(plan: plans.Plan, out: Path, only: Collection[str] | None = None) -> bool:
+def _run(plan: plans.Plan, out: Path, only: Collection[str] | None = None, workers: int | None = None) -> bool:
     """All experiments of a plan, or only some, one after the other; False where it was stopped."""
     for name, config in plan.experiments.items():
         if only is not None and name not in only:
@@ -71,7 +78,7 @@ def _run(plan: plans.Plan, out: Path, only: Collection[str] | None = None) -> bo
         threads = experiment.prepare(config, folder)
         print(f"{plan.name}: {name}", file=sys.stderr, flush=True)
         try:
-            experiment.execute(config, folder, _say, threads)
+            experiment.execute(config, folder, _say, threads, workers)
         except Stopped:
             print(f"stopped; the same command goes on in {out}", file=sys.stderr)
             return False

@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+TITLES = {
+    "effect": ("headline", "Headline cells"),
+    "presets": ("short runs", "Short runs"),
+    "published": ("published networks", "Published networks"),
+}
+
+
 def parts(evidence: Evidence) -> Parts:
     headline = {n: report_of(evidence, n) for n in evidence["folders"] if not n.startswith("grid-")}
     grid = {n: report_of(evidence, n) for n in evidence["folders"] if n.startswith("grid-")}
     tables, findings = [], []
     main = [([name], cell) for name, report in headline.items() for cell in _primary(report)]
-    what, title = ("headline", "Headline cells") if evidence["plan"] == "effect" else ("short runs", "Short runs")
+    what, title = TITLES[evidence["plan"]]
     if main:
         tables.append(compared(main, f"{title}: the last density, magnitude pruning", ["network"]))
         findings.append(_verdict(what, [cell for _, cell in main]))

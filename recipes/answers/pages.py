@@ -19,6 +19,7 @@ MAKERS = {
     "depth": depth.parts,
     "effect": effect.parts,
     "presets": effect.parts,
+    "published": effect.parts,
 }
 
 

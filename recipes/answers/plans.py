@@ -87,6 +87,7 @@ class Plan:
         text: what is run, the primary outcome, and the rule by which it will be judged; Markdown.
         experiments: by the name of their folder.
         reuses: folders of other plans that the page reads too.
+        needs_gpu: on a CPU it would take days.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Plan:
     text: str
     experiments: dict[str, Experiment]
     reuses: tuple[str, ...] = ()
+    needs_gpu: bool = False
 
 
 def _grid() -> dict[str, Experiment]:
@@ -147,6 +149,12 @@ def _activations() -> dict[str, Experiment]:
         **{f"activations-mlp-{name}": replace(mlp, activation=name) for name in activations.names()},
         **{f"activations-cnn-{name}": replace(cnn, activation=name) for name in PROPOSED},
     }
+
+
+def _published() -> dict[str, Experiment]:
+    shared: dict[str, Any] = {"ap": (*ARMS, f"lite:{CHOSEN}"), "seeds": 5, "first_seed": FRESH}
+    names = ("resnet20-cifar10", "vgg19-cifar10", "vit-cifar10", "vit-relu-cifar10")
+    return {f"{name}-fast": replace(presets.get(f"{name}-fast").experiment, **shared) for name in names}
 
 
 PLANS: dict[str, Plan] = {
@@ -262,6 +270,19 @@ PLANS: dict[str, Plan] = {
                 "depth-batchnorm": replace(VGG, model="vgg11-bn", seeds=4),
             },
             reuses=("headline-vgg",),
+        ),
+        Plan(
+            "published",
+            "Does AP raise the accuracy of the published networks, at their size and on all images?",
+            "The fast presets as they are: ResNet-20 and VGG-19 with BatchNorm, and two small vision transformers, one "
+            "with GELU, one with ReLU, on all of CIFAR-10; ten epochs a training, ten cycles to 1.2 % of the weights, "
+            "magnitude pruning, five fresh seeds. Primary outcome: test accuracy at the last density, lite against "
+            "none and pro against pro:pruner, paired by seed, judged as in the plan `effect`. From what small networks "
+            "showed, no gain is expected where there is normalisation. The transformer with ReLU, half of whose units "
+            "are dead at any density, is where AP has something to wake. Written before any of these runs, which need "
+            "a GPU.",
+            _published(),
+            needs_gpu=True,
         ),
     )
 }
