@@ -1,6 +1,7 @@
 """Runs every benchmark, and writes docs/results/benchmarks.json and the page docs/results/benchmarks.md.
 
-    python scripts/bench_all.py [--quick] [--device cpu cuda] [--only pruning masks] [--out DIR]
+    python scripts/bench_all.py [--quick] [--device cpu cuda] [--only pruning masks] [--out DIR]   # on what there is
+    python scripts/bench_all.py --device cuda # what was measured on a CPU stays as it is
     python scripts/bench_all.py --page        # only the page again, from benchmarks.json
 
 Each `bench_*.py` beside this file runs in a process of its own, one after the other, on the CPU and, where there is
@@ -168,13 +169,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small and short: whether everything works")
     parser.add_argument("--device", nargs="+", help="default: cpu, and cuda where there is one")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks; other results stay as they are")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of benchmarks.json and benchmarks.md")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
     saved = options.out / "benchmarks.json"
     everything: dict[str, Any] = {"schema": SCHEMA, "quick": options.quick, "seconds": 0.0, "results": {}}
-    if options.page or (options.only and saved.exists()):
+    if options.page or ((options.only or options.device) and saved.exists()):  # other results stay as they are
         everything = json.loads(saved.read_text())
     if not options.page:
         devices = options.device or ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -182,11 +183,11 @@ def main() -> int:
             for name, script in benchmarks(options.only).items():
                 print(f"\n=== {name} on {device}", flush=True)
                 everything["results"].setdefault(device, {})[name] = run(script, device, options.quick)
-        everything["quick"] = options.quick
-        results = [result for ran in everything["results"].values() for result in ran.values()]
-        everything["seconds"] = sum(result["seconds"] for result in results)
-        options.out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(json.dumps(everything, indent=1) + "\n")
+                everything["quick"] = options.quick
+                results = [result for ran in everything["results"].values() for result in ran.values()]
+                everything["seconds"] = sum(result["seconds"] for result in results)
+                options.out.mkdir(parents=True, exist_ok=True)
+                saved.write_text(json.dumps(everything, indent=1) + "\n")  # what is measured is not lost
     reasons = tomllib.loads((HERE / "bench_reasons.toml").read_text())
     (options.out / "benchmarks.md").write_text(page(everything, reasons), encoding="utf-8")
     print(f"\nwrote {options.out / 'benchmarks.md'}")
