@@ -39,12 +39,12 @@ class Rule(NamedTuple):
 
 def is_everyday() -> bool:
     """Whether operations run one by one and nothing but autograd's backward pass watches them."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
+    return not torch.compiler.is_compiling() and is_only_differentiated()
+
+
+def is_only_differentiated() -> bool:
+    """Whether no transform and no forward-mode derivative takes the operations apart, and nothing records them."""
+    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing())
 
 
 def call(rule: Rule, x: Tensor, *parameters: Number) -> Tensor:

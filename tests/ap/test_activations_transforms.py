@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -149,6 +150,34 @@ def test_traced_as_one_graph_with_the_same_values_and_gradients(module):
     y.square().sum().backward()
     z.square().sum().backward()
     torch.testing.assert_close(b.grad, a.grad)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.5, -0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_swish_traced_has_its_limits_and_their_slopes(beta, dtype):
+    """A compiler is given a backward pass of its own, which autograd's NaN at an infinity is not in."""
+    torch._dynamo.reset()
+    values = [-math.inf, math.inf, -1e30, -200.0, -2.0, 0.0, 0.3, 30.0]
+    x = torch.tensor(values, dtype=dtype, requires_grad=True)
+    y = torch.compile(activations.create("swish", beta=beta), fullgraph=True, backend="aot_eager")(x)
+    y.sum().backward()
+    limits = [0.0, math.inf] if beta > 0 else [-math.inf, 0.0]
+    assert y[:2].tolist() == limits
+    assert x.grad[:2].tolist() == [float(limit != 0) for limit in limits]
+    z = torch.tensor(values[3:], dtype=torch.float64, requires_grad=True)
+    (z * torch.sigmoid(beta * z)).sum().backward()
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(x.grad[3:].double(), z.grad, **tolerance)
+
+
+def test_swish_in_a_transform_that_is_traced():
+    x = batch()
+    grad = torch.func.vmap(torch.func.grad(lambda t: activations.functional.swish(t).sum()))
+    each = torch.compile(grad, backend="aot_eager")
+    y = x.clone().requires_grad_()
+    torch.nn.functional.silu(y).sum().backward()
+    torch._dynamo.reset()
+    torch.testing.assert_close(each(x), y.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
