@@ -147,7 +147,7 @@ class Step:
 
 def capture(make: Callable[[], None]) -> Callable[[], None]:
     """Captures what the function does on the current CUDA device, without doing it; returns what does it."""
-    graph, stream = torch.cuda.CUDAGraph(), _side_stream(torch.cuda.current_device())
+    graph, stream = torch.cuda.CUDAGraph(), _side_stream(torch.cuda.current_stream())
     # Other threads may be reading batches.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         make()
@@ -240,9 +240,10 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.cache
-def _side_stream(device: int) -> Any:
-    """One a device for warming up and captures: cuBLAS keeps a workspace for each stream that it was ever used on."""
-    return torch.cuda.Stream(device)
+def _side_stream(stream: Any) -> Any:
+    """One for warming up and captures beside a stream. cuBLAS keeps a workspace for each that it was ever used on, so
+    that one for every capture would take ever more memory, and one for runs on several streams would mix them up."""
+    return torch.cuda.Stream(stream.device)
 
 
 @contextlib.contextmanager
@@ -251,7 +252,8 @@ def _aside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream(device)
+    current = torch.cuda.current_stream(device)
+    stream = _side_stream(current)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield

@@ -48,6 +48,7 @@ class Turns:
         self._guard = threading.Lock()
         self._taken = False
         self._queue: deque[threading.Semaphore] = deque()
+        self._own = threading.local()
 
     @property
     def waiting(self) -> int:
@@ -64,6 +65,7 @@ class Turns:
             mine.acquire()
         try:
             with self._stream():
+                self._draw_apart()
                 yield
         finally:
             with self._guard:
@@ -78,7 +80,7 @@ class Turns:
             if not self._queue:
                 return
             mine, following = self._queued(), self._queue.popleft()
-        drawn = self._random()
+        drawn = torch.get_rng_state()
         following.release()
         mine.acquire()
         self._draw_from(drawn)
@@ -92,12 +94,18 @@ class Turns:
             return contextlib.nullcontext()
         return torch.cuda.stream(torch.cuda.Stream(self._device))
 
-    def _random(self) -> list[Tensor]:
-        """The state of torch's generators; neither waits for the device."""
-        on_gpu = self._device.type == "cuda"
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._device)] if on_gpu else [])]
+    def _draw_apart(self) -> None:
+        """A state of the GPU's generator for this thread alone: a captured step draws from where that state is kept on
+        the device, which the steps of two runs must not share."""
+        if self._device.type == "cuda":
+            self._own.state = self._generator().clone_state()
+            self._generator().graphsafe_set_state(self._own.state)
 
-    def _draw_from(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self._device)
+    def _generator(self) -> torch.Generator:
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        return torch.cuda.default_generators[index]  # type: ignore[no-any-return]
+
+    def _draw_from(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+        if self._device.type == "cuda":
+            self._generator().graphsafe_set_state(self._own.state)

@@ -210,6 +210,8 @@ def _grouped(lists: Any, with_indices: bool = False) -> Any:
 
 
 class _Stream:
+    device = torch.device("cuda", 0)
+
     def wait_stream(self, other: Any) -> None:
         """Nothing runs beside anything here."""
 
@@ -224,7 +226,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
     monkeypatch.setattr(cuda, "set_rng_state", lambda state, device=None: torch.set_rng_state(state))
     monkeypatch.setattr(cuda, "Stream", lambda device=None: _Stream())
-    monkeypatch.setattr(cuda, "current_stream", lambda device=None: _Stream())
+    default = _Stream()
+    monkeypatch.setattr(cuda, "current_stream", lambda device=None: default)
     monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "synchronize", lambda device=None: None)

@@ -218,6 +218,7 @@ def test_turns_go_round_and_a_late_one_joins_them():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_runs_in_turn_on_a_gpu(tmp_path, monkeypatch):
     config = replace(DRAWING, device="cuda", precision="float32", deterministic=True, pruner="lamp")
     failures, _ = worked(tmp_path / "alone", config, 1, monkeypatch, device=torch.device("cuda"))
