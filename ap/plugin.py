@@ -74,6 +74,7 @@ class AP:
 
     Raises:
         ValueError: nothing to prune, a rate outside (0, 1), an unknown criterion or layer.
+        TypeError: complex weights, which have no sign.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -116,6 +117,9 @@ class AP:
         self.where = where
         self.shortfall = 0  # how many the last activate() could not find
         self._names = self._resolve(where)
+        odd = [name for name in self._names if self.masks.weight(name).is_complex()]
+        if odd:
+            raise TypeError(f"AP goes by the sign of weights; {odd[0]} is complex and has none: where= names others")
         self._start: dict[str, Tensor] = {}
         self._last_zero: dict[str, Tensor] = {}
         self._decay = DecayTracker()

@@ -480,3 +480,13 @@ def test_a_pruner_that_removes_nothing_or_the_whole_amount_is_pointed_out(slip, 
     texts = [str(one.message) for one in caught]
     assert len(texts) == bool(message)
     assert all(re.search(message, text) for text in texts)
+
+
+def test_complex_weights_have_no_sign():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 2))
+    with pytest.raises(TypeError, match=r"sign of weights; 0\.weight is complex"):
+        AP(model)
+    plugin = AP(model, where="1")  # what can be is
+    with plugin.cycle(amount=0.4) as share:
+        plugin.masks.prune({name: plugin.masks.weight(name).detach().abs() for name in plugin.masks}, amount=share)
+    assert plugin.masks.alive == 24 - round(0.4 * 24)
