@@ -442,8 +442,11 @@ def _register(plugin: AP) -> Handle:
         owner = reference()
         if owner is None:
             return
+        held = parameter_ids(optimizer) if owner._last_zero else ()
         for name, zero in owner._last_zero.items():
-            zero.logical_and_(owner.masks.weight(name) == 0)
+            weight = owner.masks.weight(name)
+            if id(weight) in held:  # else a CUDA graph of another model's step would keep writing here
+                zero.logical_and_(weight == 0)
         if owner.criterion is criteria.decay_corrected and _steps(optimizer, owner.masks):
             owner._decay.step(optimizer)
 

@@ -148,6 +148,21 @@ def test_frozen_start_keeps_zeros_of_a_layer_that_does_not_learn():
     plugin.detach()
 
 
+def test_another_models_steps_do_not_touch_what_is_known_of_zeros():
+    """They may be captured in a CUDA graph, which would go on writing, also when this plugin's memory is another's."""
+    models = network(), network(seed=1)
+    plugins = [AP(model) for model in models]
+    for model, plugin in zip(models, plugins, strict=True):
+        nn.init.zeros_(model[4].weight)
+        plugin.mark_start()
+    before = [plugin.followed[0]._version for plugin in plugins]
+    train(models[0], steps=3)
+    after = [plugin.followed[0]._version for plugin in plugins]
+    for plugin in plugins:
+        plugin.detach()
+    assert (after[0] - before[0], after[1] - before[1]) == (3, 0)
+
+
 def test_an_error_in_the_block_activates_nothing():
     plugin = AP(network())
     with pytest.raises(RuntimeError, match="user"), plugin.cycle(amount=0.2):
