@@ -123,8 +123,10 @@ class OneRun:
 
     def train(self, model: nn.Module, masks: Masks, run: Run) -> dict[str, Any]:
         """One training, then what is measured of the trained network."""
-        also = run.loop.plugin.followed
-        training = self.engine.training(model, run.start_step, run.cycle, self.monitor, masks, run.phase, also)
+        plugin = run.loop.plugin  # which, going back after a divergence, follows other tensors than before
+        training = self.engine.training(
+            model, run.start_step, run.cycle, self.monitor, masks, run.phase, lambda: plugin.followed
+        )
         recovery = Recovery(self.config, training, run)
         if self.unfinished is not None:
             with state_errors(self.checkpoints.folder):

@@ -38,7 +38,7 @@ class Step:
         parts: a batch is made, and goes through the model, in this many parts; its size is a multiple of it.
         before: called between the backward pass and the optimizer, to clip gradients for example.
         after: called after the optimizer, to average weights for example.
-        also: tensors that `after`, or a hook of the optimizer's steps, changes in place.
+        also: gives the tensors that `after`, or a hook of the optimizer's steps, changes in place.
 
     Attributes:
         loss_sum: the sum of the steps' losses, since somebody zeroed it.
@@ -58,7 +58,7 @@ class Step:
         parts: int = 1,
         before: Callable[[], Any] | None = None,
         after: Callable[[], Any] | None = None,
-        also: Sequence[Tensor] = (),
+        also: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
         self.model, self.optimizer, self.monitor = model, optimizer, monitor
         self._forward, self._batch, self._loss_fn, self._autocast = forward, batch, loss_fn, autocast
@@ -213,7 +213,7 @@ class CapturedStep(Step):
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
         """Puts back, in place, everything that steps change."""
-        kept = [*self.model.parameters(), *self.model.buffers(), self.loss_sum, self.bad, self._number, *self._also]
+        kept = [*self.model.parameters(), *self.model.buffers(), self.loss_sum, self.bad, self._number, *self._also()]
         before = [tensor.detach().clone() for tensor in kept]
         states = self.optimizer.state
         held = {

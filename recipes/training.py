@@ -46,7 +46,7 @@ class Training:
         monitor: what counts dead neurons in its steps, attached to `engine.called(model)`.
         masks: of the weights, so that only gradients of living ones are clipped.
         phase: "train" or "retrain"; dropout and the like draw other numbers in each.
-        also: tensors that hooks of the optimizer's steps change in place, such as `AP.followed`.
+        also: gives the tensors that hooks of the optimizer's steps change in place, such as `AP.followed`.
 
     Attributes:
         step: how many steps have been made, those before `start_step` included.
@@ -63,7 +63,7 @@ class Training:
         monitor: DNRMonitor | None = None,
         masks: Masks | None = None,
         phase: str = "train",
-        also: Sequence[Tensor] = (),
+        also: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
         self.engine, self.model, self.masks = engine, model, masks
         self.schedule = Schedule.of(engine.config, engine.steps_per_epoch, cycle)
@@ -75,7 +75,7 @@ class Training:
         self._loss_steps = 0
         self._start = start_step
         config = engine.config
-        self._average = None if config.ema is None else Average(model, config.ema)
+        self._average = average = None if config.ema is None else Average(model, config.ema)
         self._make = (CapturedStep if engine.captured else Step)(
             model,
             distributed.wrapped(engine.called(model), engine.device),
@@ -87,7 +87,7 @@ class Training:
             parts=config.accumulate,
             before=None if config.clip_norm is None else self._clip,
             after=None if self._average is None else self._average.update,
-            also=[*also, *([] if self._average is None else self._average.tensors)],
+            also=lambda: [*also(), *([] if average is None else average.tensors)],
         )
         # Dropout and the like: the same draws in every arm, and in a training that is continued (see state_dict).
         self._seed = derived_seed(engine.seed, cycle, 3 if phase == "retrain" else 2)

@@ -76,7 +76,7 @@ def trained(device, monkeypatch, **options):
     masks.prune({name: masks.weight(name).detach().abs() for name in masks}, amount=0.3)
     monitor = DNRMonitor(engine.called(model), every=config.monitor_every)
     with monitor:
-        training = engine.training(model, 0, 0, monitor, masks, "train", plugin.followed)
+        training = engine.training(model, 0, 0, monitor, masks, "train", lambda: plugin.followed)
         while not training.done:
             training.run_epoch(lambda step: None)
         report = monitor.report("train")

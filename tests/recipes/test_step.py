@@ -5,6 +5,7 @@ around it is tested here: buffers, the learning rate in a tensor, the warm-up th
 """
 
 import contextlib
+import copy
 import io
 
 import pytest
@@ -180,7 +181,9 @@ def test_a_resumed_training_makes_its_steps_in_its_own_way(monkeypatch, replayed
     run(after, stop=4)
 
 
-def test_which_weights_have_stayed_at_zero_is_not_changed_by_steps_that_warm_up(monkeypatch):
+@pytest.mark.parametrize("back", [False, True])
+def test_which_weights_have_stayed_at_zero_is_not_changed_by_steps_that_warm_up(monkeypatch, back):
+    """Nor after going back to the start, as a training that diverged does."""
     found = []
     for replayed in (False, True):
         trainer = Trainer(monkeypatch, replayed)
@@ -189,8 +192,13 @@ def test_which_weights_have_stayed_at_zero_is_not_changed_by_steps_that_warm_up(
             trainer.model.body.fc1.weight[:, 0] = 0.0
         plugin = AP(trainer.masks)
         plugin.mark_start()
-        training = trainer.engine.training(trainer.model, 0, 0, None, trainer.masks, also=plugin.followed)
+        training = trainer.engine.training(trainer.model, 0, 0, None, trainer.masks, also=lambda p=plugin: p.followed)
+        good = copy.deepcopy({"training": training.state_dict(), "plugin": plugin.state_dict()})
         run(training, stop=1)
+        if back:
+            training.load_state_dict(good["training"])
+            plugin.load_state_dict(good["plugin"])
+            run(training, stop=1)
         found.append([tensor.clone() for tensor in plugin.followed])
         plugin.detach()
     assert_same(*found)
