@@ -34,4 +34,4 @@ def needs_recipes(what: str) -> Iterator[None]:
         raise MissingExtraError(
             f"{what} needs {missing}, which the plugin alone does not: pip install 'activate-while-pruning[recipes]'",
             name=missing,
-        ) from error
+        ) from None

@@ -28,6 +28,13 @@ class ImageSet:
     def __len__(self) -> int:
         return int(self.labels.shape[0])
 
+    def __repr__(self) -> str:
+        return f"ImageSet({_counted(self)})"
+
+
+def _counted(part: ImageSet) -> str:
+    return f"{len(part):,} images of {' × '.join(map(str, part.images.shape[1:]))}" if len(part) else "no images"
+
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
@@ -36,6 +43,10 @@ class ImageData:
     `mean` and `std`, one a channel, are those of the training part, in the units of the stored bytes (0…255; the
     digits' are 0…16). `augment` names what training may do to an image ("none" or "crop-flip"); `val` and `test` are
     never augmented. `val` is empty when nothing is held out.
+
+    >>> from recipes.data import load
+    >>> load("digits")
+    ImageData('digits': 1,200 images of 1 × 8 × 8 to train on, 200 held out, 397 to test, 10 classes)
     """
 
     name: str
@@ -46,6 +57,10 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str = "none"
+
+    def __repr__(self) -> str:
+        sizes = f"{_counted(self.train)} to train on, {len(self.val):,} held out, {len(self.test):,} to test"
+        return f"ImageData({self.name!r}: {sizes}, {self.num_classes} classes)"
 
     @property
     def num_classes(self) -> int:

@@ -1,6 +1,8 @@
 """Splits, statistics, and the digits in full."""
 
 import hashlib
+import subprocess
+import sys
 from importlib.resources import files
 
 import numpy as np
@@ -138,3 +140,21 @@ def test_unknown_names_list_the_close_ones() -> None:
 def test_a_name_is_never_a_path(name: str) -> None:
     with pytest.raises(DataError, match="unknown data set"):
         load(name)
+
+
+def test_a_data_set_is_printed_in_a_line() -> None:
+    data = load("digits", val=0)
+    assert repr(data) == (
+        "ImageData('digits': 1,400 images of 1 × 8 × 8 to train on, 0 held out, 397 to test, 10 classes)"
+    )
+    assert repr(data.val) == "ImageSet(no images)"
+    assert repr(data.test) == "ImageSet(397 images of 1 × 8 × 8)"
+
+
+def test_without_the_extra_there_is_one_traceback_that_names_it() -> None:
+    code = "import sys; sys.modules['tqdm'] = None; import recipes.data"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+    assert said.count("Traceback") == 1
+    assert said.splitlines()[-1].endswith(
+        "recipes.data needs tqdm, which the plugin alone does not: pip install 'activate-while-pruning[recipes]'"
+    )
