@@ -77,6 +77,9 @@ def _print_error(text: str) -> None:
 
 
 def _list(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: python -m recipes list\n\n{COMMANDS['list']}")
+        return
     _no_more(arguments, "list")
     print("presets                                (python -m recipes run PRESET --dry-run measures the time)")
     width = max(map(len, presets.PRESETS))
@@ -108,10 +111,10 @@ def _wrap(names: list[str], width: int = 96) -> str:
 
 @dataclass(frozen=True)
 class Unchecked(Experiment):
-    """The same options, checked only once they are all read: a bad value is then one line of ours."""
+    """What is compared, on what, and how it is trained: saved in the folder's experiment.json."""
 
     def __post_init__(self) -> None:
-        pass
+        """Checked by Experiment itself, once all options are read: a bad value is then one line of ours."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def _run(arguments: list[str]) -> int:
     base = presets.get(name).experiment
     default = Run(out=Path("runs") / name, experiment=Unchecked(**dataclasses.asdict(base)))
     options = read(Run, rest, f"python -m recipes run {name}", default=default)
+    experiment.check_workers(options.workers)
     config = Experiment(**dataclasses.asdict(options.experiment))
     experiment.check(config)
     if options.dry_run:
@@ -157,7 +161,10 @@ class Resume:
 
 
 def _resume(arguments: list[str]) -> int:
+    if not arguments:
+        raise ValueError("resume needs the folder of an experiment or a sweep, such as runs/quickstart")
     options = read(Resume, arguments, "python -m recipes resume")
+    experiment.check_workers(options.workers)
     folders = sweep.folders(options.out)
     with distributed.joined():
         for out in folders:

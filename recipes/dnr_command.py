@@ -53,6 +53,8 @@ class DNR:
 
 def main(arguments: list[str]) -> None:
     """The command."""
+    if not arguments:
+        raise ValueError("dnr needs a model first: one of `python -m recipes list`, or the folder of a run")
     options = read(DNR, arguments, "python -m recipes dnr")
     if options.split not in ("train", "val", "test"):
         raise ValueError(f"--split must be train, val or test, not {options.split!r}")

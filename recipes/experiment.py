@@ -27,6 +27,7 @@ from recipes import data as data_sets
 from recipes import distributed, models
 from recipes.config import SCHEMA, Experiment, Job, differences
 from recipes.engine import Stopped, can_capture, device_of
+from recipes.hearing import heard
 from recipes.one_run import OneRun, Say
 from recipes.storage import (
     Checkpoints,
@@ -210,8 +211,10 @@ def execute(
     Raises:
         Stopped: by SIGINT or SIGTERM, after every run has saved where it stands.
         Failed: a run diverged or broke; the others went on.
+        ValueError: fewer than one worker.
     """
     check(config)
+    check_workers(workers)
     left = [job for job in (jobs(config) if only is None else only) if not is_done(out, job)]
     if not left:
         return
@@ -259,6 +262,12 @@ def execute(
         raise Stopped
     if failures:
         raise Failed("\n".join(failures))
+
+
+def check_workers(workers: int | None) -> None:
+    """ValueError for a number of runs side by side that there cannot be."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be 1 or more, not {workers}")
 
 
 def check(config: Experiment) -> None:
@@ -374,11 +383,12 @@ def _do(config: Experiment, out: Path, job: Job, say: Say, stopped: Callable[[],
 
 def run(config: Experiment, folder: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
     """One run, from where it stands to its end."""
-    with ExitStack() as held:
+    say = say if distributed.rank() == 0 else say_nothing
+    with ExitStack() as held, heard(lambda why: say({"event": "warning", "job": job.name, "why": why})):
         distributed.on_main(lambda: _take(folder, config, job, held))
         data = load_data(config)
         model = build(config, data, job.seed)
-        OneRun(config, folder, job, data, model, say if distributed.rank() == 0 else say_nothing, stopped).execute()
+        OneRun(config, folder, job, data, model, say, stopped).execute()
 
 
 def _take(folder: Path, config: Experiment, job: Job, held: ExitStack) -> None:

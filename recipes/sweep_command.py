@@ -62,6 +62,9 @@ def main(arguments: list[str]) -> int:
     axes = {axis: (value,) if (value := getattr(base, axis)) is not None else () for axis in sweep.AXES}
     default = Sweep(out=Path("runs") / f"{name}-sweep", experiment=Grid(**{**dataclasses.asdict(base), **axes}))
     options = read(Sweep, rest, f"python -m recipes sweep {name}", default=default)
+    experiment.check_workers(options.workers)
+    if options.list and options.run is not None:
+        raise ValueError("--list and --run exclude each other: --list shows what --run can be")
     asked = dataclasses.asdict(options.experiment)
     values = {axis: asked.pop(axis) for axis in sweep.AXES}
     for axis in sweep.AXES:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+
 import pytest
 
 from recipes import cli
@@ -29,6 +32,42 @@ def test_an_unknown_option_is_one_line_with_the_close_ones(words, wanted, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {wanted}")
     assert line.endswith("--help)")
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("run quickstart --amount abc", "--amount must be a number, not 'abc'"),
+        ("run quickstart --epochs 1.5", "--epochs must be a whole number, not '1.5'"),
+        ("run quickstart --epochs", "--epochs needs a value"),
+        ("run quickstart --epochs --quiet", "--epochs needs a value"),
+        ("run quickstart --workers=two", "--workers must be a whole number, not 'two'"),
+        ("run quickstart --ema 0.9.9", "--ema must be a number, not '0.9.9'"),
+        ("run quickstart --optimizer sdg", "--optimizer must be sgd, adam or adamw, not 'sdg'; close: sgd"),
+        ("sweep quickstart --rate 0.1 x", "--rate must be a number, not 'x'"),
+        ("sweep quickstart --run x", "--run must be a whole number, not 'x'"),
+        ("export runs/x/none-seed0 --formats onx", "--formats must be safetensors or onnx, not 'onx'; close: onnx"),
+        ("run quickstart --workers 0", "--workers must be 1 or more, not 0"),
+        ("resume runs/x --workers -1", "--workers must be 1 or more, not -1"),
+        ("sweep quickstart --list --run 1", "--list and --run exclude each other"),
+        ("resume", "resume needs the folder of an experiment or a sweep"),
+        ("resume --quiet", ""),
+        ("dnr", "dnr needs a model first: "),
+        ("dnr --images 3", ""),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(words, wanted, capsys) -> None:
+    assert cli.main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {wanted}")
+    assert not re.search("─|---", line)  # of tyro's boxes
+
+
+def test_every_command_explains_itself(capsys) -> None:
+    for command in cli.COMMANDS:
+        with contextlib.suppress(SystemExit):  # which tyro and argparse raise
+            cli.main([command, "--help"])
+        assert f"python -m recipes {command}" in capsys.readouterr().out
 
 
 def test_values_that_begin_with_a_minus_and_underscores_are_no_unknown_options(capsys) -> None:
