@@ -21,7 +21,6 @@ from recipes.config import SCHEMA, Experiment, Job
 from recipes.data import ImageData
 from recipes.effective import effective
 from recipes.engine import Diverged, Engine, Stopped
-from recipes.hearing import heard
 from recipes.recovery import Recovery
 from recipes.storage import Checkpoints, sha256, state_errors, write_json, write_rows
 
@@ -85,9 +84,8 @@ class OneRun:
         every = self.config.monitor_every
         self.monitor = DNRMonitor(self.engine.called(self.model), every) if every else None
         try:
-            with heard(lambda why: self.say({"event": "warning", "job": self.job.name, "why": why})):
-                self.go_on()
-                self.loop.run(self.train, self.on_phase)
+            self.go_on()
+            self.loop.run(self.train, self.on_phase)
             distributed.on_main(self.finish)
         finally:
             self.writer.close()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,19 +27,15 @@ class Turns:
 
     Example:
         >>> turns, said = Turns(torch.device("cpu")), []
-        >>> def count(name):
-        ...     with turns.taken():
-        ...         for step in range(2):
-        ...             said.append(f"{name}{step}")
-        ...             turns.pass_on()
-        >>> with turns.taken():  # nobody begins before all are there
-        ...     threads = [threading.Thread(target=count, args=(name,)) for name in "ab"]
-        ...     for number, thread in enumerate(threads, 1):
-        ...         thread.start()
-        ...         while turns.waiting < number:
-        ...             pass
-        >>> for thread in threads:
-        ...     thread.join()
+        >>> def count():
+        ...     name = names.pop()
+        ...     while turns.waiting < len(names):  # until all are there
+        ...         pass
+        ...     for step in range(2):
+        ...         said.append(f"{name}{step}")
+        ...         turns.pass_on()
+        >>> names = ["b", "a"]
+        >>> turns.share(count, 2)
         >>> said
         ['a0', 'b0', 'a1', 'b1']
     """
@@ -73,6 +70,17 @@ class Turns:
                     self._queue.popleft().release()
                 else:
                     self._taken = False
+
+    def share(self, function: Callable[[], Any], count: int) -> None:
+        """Calls the function in so many threads, which take turns; raises what one of them raised, after all ended."""
+
+        def in_turn() -> None:
+            with self.taken():
+                function()
+
+        with ThreadPoolExecutor(count, "turn") as pool:
+            for call in [pool.submit(in_turn) for _ in range(count)]:
+                call.result()
 
     def pass_on(self) -> None:
         """Lets everybody who waits have a turn first; to be called by the one whose turn it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -63,16 +64,11 @@ def work(do: Do, jobs: Sequence[Job], device: torch.device, side_by_side: int = 
         return stopped()  # type: ignore[no-any-return]
 
     def one_after_the_other() -> None:
-        with turns.taken():
-            while left and not stopped():
-                if text := _outcome(do, left.pop(), say, asked):
-                    failures.append(text)
+        while left and not stopped():
+            if text := _outcome(do, left.pop(), say, asked):
+                failures.append(text)
 
-    threads = [threading.Thread(target=one_after_the_other) for _ in range(min(side_by_side, len(jobs)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    turns.share(one_after_the_other, min(side_by_side, len(jobs)))
     return failures
 
 
@@ -90,5 +86,7 @@ def _outcome(do: Do, job: Job, say: Say, stopped: Callable[[], bool]) -> str:
     else:
         say({"event": "done", "job": job.name})
         return ""
+    finally:
+        gc.collect()  # models are in cycles of references, and the next run needs their memory
     say({"event": "failed", "job": job.name, "why": why})
     return f"{job.name}: {why}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -246,22 +245,17 @@ def many_in_one(options: Any, limit: int | None, threads: int, barrier: Any, que
 
     def train() -> None:
         nonlocal ready
-        with turns.taken():
-            _, training = engine_epochs(engine_of(options, data))
+        _, training = engine_epochs(engine_of(options, data))
+        training.run_epoch(lambda step: turns.pass_on())
+        ready += 1
+        while ready < barrier.parties:
+            turns.pass_on()
+        began = time.time()
+        for _ in range(options.rounds):
             training.run_epoch(lambda step: turns.pass_on())
-            ready += 1
-            while ready < barrier.parties:
-                turns.pass_on()
-            began = time.time()
-            for _ in range(options.rounds):
-                training.run_epoch(lambda step: turns.pass_on())
-            queue.put((began, time.time()))
+        queue.put((began, time.time()))
 
-    threads_ = [threading.Thread(target=train) for _ in range(barrier.parties)]
-    for thread in threads_:
-        thread.start()
-    for thread in threads_:
-        thread.join()
+    turns.share(train, barrier.parties)
 
 
 def side_by_side(options: Any, limit: int | None, count: int, epoch_images: int, in_turn: bool) -> float:

@@ -1,10 +1,12 @@
 """Runs that take turns in one process end as they would alone."""
 
 import functools
+import gc
 import multiprocessing
 import threading
 import time
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -133,6 +135,58 @@ def test_a_run_that_fails_leaves_the_others_alone_and_each_hears_its_own_warning
     heard_by = {event["job"]: event["why"] for event in events if event["event"] == "warning"}
     assert heard_by == {job: f"of thread {thread}" for job, thread in thread_of.items()}
     assert len(set(thread_of.values())) == 2
+
+
+def test_a_turn_that_cannot_begin_is_no_success(tmp_path, monkeypatch):
+    """As where a GPU has no memory left for a stream."""
+
+    def stream(self):
+        raise RuntimeError("no stream")
+
+    monkeypatch.setattr(Turns, "_stream", stream)
+    with pytest.raises(RuntimeError, match="no stream"):
+        worked(tmp_path, DRAWING, 2, monkeypatch)
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2])
+def test_what_a_run_held_is_gone_before_the_next(tmp_path, monkeypatch, side_by_side):
+    held = []
+
+    class Model:
+        def __init__(self):
+            self.itself = self
+
+    def run(config, folder, job, say, stopped):
+        assert all(reference() is None for reference in held)
+        model = Model()
+        held.append(weakref.ref(model))
+        if job.seed:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(experiment, "run", run)
+    gc.disable()
+    try:
+        failures, _ = worked(tmp_path, DRAWING, side_by_side, monkeypatch)
+    finally:
+        gc.enable()
+    assert {failure.partition(": ")[2] for failure in failures} == {"RuntimeError: out of memory"}
+    assert len(held) == 6
+
+
+def test_warnings_from_before_a_run_trains_are_the_runs_too(tmp_path, monkeypatch):
+    """Beside runs that are heard, nobody else would hear them."""
+    original = experiment.build
+
+    def build(config, data, seed):
+        warnings.warn(f"weights of {seed}", stacklevel=1)
+        return original(config, data, seed)
+
+    monkeypatch.setattr(experiment, "build", build)
+    config = replace(DRAWING, ap=("none",), cycles=0, epochs=1)
+    failures, events = worked(tmp_path, config, 2, monkeypatch)
+    assert failures == []
+    said = {(event["job"], event["why"]) for event in events if event["event"] == "warning"}
+    assert said == {(f"none-seed{seed}", f"weights of {seed}") for seed in (0, 1)}
 
 
 def test_warnings_of_two_threads_at_once():
