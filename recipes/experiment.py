@@ -8,12 +8,12 @@ import multiprocessing
 import os
 import shlex
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from recipes.storage import (
     state_errors,
     write_json,
 )
-from recipes.workers import start_worker, work
+from recipes.workers import Flag, start_worker, work
 
 MOST = {"threads": 1024, "seed": 2**63}  # what the configuration of an experiment allows
 
@@ -225,7 +225,7 @@ def execute(
     # The data set is packed before several processes want it.
     rehearse(config, load_data(config))
     context = multiprocessing.get_context("spawn")
-    stop, queue = context.Event(), context.Queue()
+    stop, queue = Flag(context), context.Queue()
     failures: list[str] = []
     do = functools.partial(_do, config, out)
     with (
@@ -361,7 +361,7 @@ def last_network(folder: Path) -> tuple[Experiment, Any, nn.Module, dict[str, An
 
 
 @contextmanager
-def stopping(stop: Event, insist: bool = True) -> Iterator[None]:
+def stopping(stop: Flag | threading.Event, insist: bool = True) -> Iterator[None]:
     """While inside, SIGINT and SIGTERM set the event instead of ending the process; a second SIGINT may end it."""
 
     def ask(number: int, frame: Any) -> None:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.synchronize import Event
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -22,7 +22,26 @@ Do = Callable[[Job, Say, Callable[[], bool]], None]
 _worker: dict[str, Any] = {}
 
 
-def start_worker(stop: Event, queue: Any, threads: int, parent: int) -> None:
+class Flag:
+    """Set once, and seen by the processes that it is given to as they start.
+
+    `multiprocessing.Event` asks under a lock: who is killed as it asks never gives that back, and a signal's handler that
+    sets it waits for ever where it has interrupted the one who asks.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        """Whether it is."""
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        """Sets it."""
+        self._value.value = 1
+
+
+def start_worker(stop: Flag, queue: Any, threads: int, parent: int) -> None:
     """What a process does first.
 
     Args:

@@ -163,10 +163,9 @@ def test_a_compiled_model_is_found_without_a_word_about_hooks_that_the_script_ne
     watcher.finish()
     model = torch.compile(_model(), backend="eager")
     with warnings.catch_warnings(record=True, action="always") as caught:
-        before = list(warnings.filters)
         watcher.start()
         _train(model, [torch.optim.SGD(model.parameters(), lr=0.1)], 3)
-        assert warnings.filters == before
+        assert not [one for one in warnings.filters if "global hooks" in str(one[1])]  # the one for it is gone again
     assert not [str(one.message) for one in caught if "hooks" in str(one.message)]
     assert [one.name for one in watcher.watched] == ["Sequential"]
 

@@ -84,7 +84,7 @@ def test_clipping_is_by_the_norm_of_living_weights_gradients():
     assert min(norms) < 3 < max(norms)  # some steps are clipped, some are not
     train(second, half_dead(second), clip_norm=3.0, epochs=1)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)  # other kernels round otherwise; the norm of all: 1e-2
     unclipped = network()
     train(unclipped, half_dead(unclipped), epochs=1)
     assert not torch.allclose(next(unclipped.parameters()), next(second.parameters()), rtol=1e-3)

@@ -3,6 +3,8 @@
 import functools
 import gc
 import multiprocessing
+import os
+import signal
 import threading
 import time
 import warnings
@@ -187,6 +189,25 @@ def test_warnings_from_before_a_run_trains_are_the_runs_too(tmp_path, monkeypatc
     assert failures == []
     said = {(event["job"], event["why"]) for event in events if event["event"] == "warning"}
     assert said == {(f"none-seed{seed}", f"weights of {seed}") for seed in (0, 1)}
+
+
+def test_a_signal_may_come_while_one_asks_whether_to_stop():
+    """In a process of its own, since with a lock in the flag it would never end."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=interrupted_asking, args=(workers.Flag(context),))
+    child.start()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0
+
+
+def interrupted_asking(flag):
+    signal.signal(signal.SIGALRM, lambda *_: flag.is_set() or flag.set())
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        flag.is_set()
+    os._exit(not flag.is_set())
 
 
 def test_warnings_of_two_threads_at_once():
