@@ -25,8 +25,8 @@ _worker: dict[str, Any] = {}
 class Flag:
     """Set once, and seen by the processes that it is given to as they start.
 
-    `multiprocessing.Event` asks under a lock: who is killed as it asks never gives that back, and a signal's handler that
-    sets it waits for ever where it has interrupted the one who asks.
+    `multiprocessing.Event` asks under a lock: a process that is killed as it asks never gives that back, and a signal's
+    handler that sets it waits for ever where it has interrupted the one who asks.
     """
 
     def __init__(self, context: BaseContext) -> None:
