@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,10 +76,9 @@ def call_factory(
     model = factory(**given, **asked)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{path!r} returned a {type(model).__name__}, not a torch.nn.Module")
-    if (
-        activation is not None
-        and "activation" not in named
-        and not ap.activations.swap(model, activation, **(activation_params or {}))
-    ):
-        raise ValueError(f"{path!r} has no activation module to replace by {activation!r}: let it take activation=")
+    if activation is not None and "activation" not in named:
+        with warnings.catch_warnings(action="ignore"):  # what it warns about is an error here
+            replaced = ap.activations.swap(model, activation, **(activation_params or {}))
+        if not replaced:
+            raise ValueError(f"{path!r} has no activation module to replace by {activation!r}: let it take activation=")
     return model
