@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -98,6 +99,9 @@ def joined() -> Iterator[None]:
         yield
     finally:
         gc.collect()  # wrapped models, which hold the group, are in cycles of references
+        # Before torch 2.8 the group's end waits for gloo's threads while it keeps Python from them, which they need to
+        # let go of the last result.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 

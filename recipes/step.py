@@ -202,6 +202,8 @@ class CapturedStep(Step):
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
         with self._counting(count), _on_device(self.device):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # cuDNN is about to measure kernels, and other runs' would be in the way
             with self._undone(), _aside(self.device), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
                 for _ in range(WARM_UP):

@@ -19,6 +19,7 @@ from recipes.one_run import Say
 from recipes.turns import Turns
 
 Do = Callable[[Job, Say, Callable[[], bool]], None]
+_BROKEN: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 _worker: dict[str, Any] = {}
 
 
@@ -98,8 +99,12 @@ def _outcome(do: Do, job: Job, say: Say, stopped: Callable[[], bool]) -> str:
     except Stopped:
         say({"event": "stopped", "job": job.name})
         return ""
+    except _BROKEN:  # nothing that is run on this GPU by this process works any more
+        raise
     except (Diverged, FloatingPointError, ValueError, OSError) as error:
         why = str(error)
+    except torch.OutOfMemoryError as error:
+        why = f"{str(error).splitlines()[0]} Fewer --workers need less, and so does a smaller --batch-size"
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
     else:

@@ -306,3 +306,25 @@ def test_captured_runs_in_turn_on_a_gpu(tmp_path, monkeypatch):
         assert rows[-1]["accuracy"] == pytest.approx(turns[job][0][-1]["accuracy"], abs=0.05)
         for name, value in model.items():
             torch.testing.assert_close(turns[job][1][name], value, rtol=0.1, atol=0.05, msg=f"{job.name} {name}")
+
+
+def test_no_memory_and_a_broken_gpu_are_told_apart(tmp_path, monkeypatch):
+    raised = {"none": torch.OutOfMemoryError("CUDA out of memory.\nadvice"), "pro": RuntimeError("only this one")}
+
+    def run(config, folder, job, say, stopped):
+        if str(job.arm) in raised:
+            raise raised[str(job.arm)]
+
+    monkeypatch.setattr(experiment, "run", run)
+    config = replace(DRAWING, seeds=1)
+    failures, _ = worked(tmp_path / "one", config, 3, monkeypatch)
+    assert "none-seed0: CUDA out of memory. Fewer --workers need less, and so does a smaller --batch-size" in failures
+    assert "pro-seed0: RuntimeError: only this one" in failures
+
+    class Broken(RuntimeError):
+        """As torch.AcceleratorError, which has to be made by torch."""
+
+    monkeypatch.setattr(workers, "_BROKEN", (Broken,))
+    raised["none"] = Broken("device-side assert")
+    with pytest.raises(Broken):
+        worked(tmp_path / "two", config, 3, monkeypatch)
