@@ -63,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what is printed, `head` for example, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+    except OSError as error:
+        named = error.strerror and error.filename is not None
+        _print_error(f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split()))
+        return 2
+    except (ValueError, TypeError, FloatingPointError, ImportError) as error:
         _print_error(" ".join(str(error).split()))
         return 2
 

@@ -309,7 +309,7 @@ class Experiment:
         if self.pruner not in pruners.names():
             raise unknown("pruner", self.pruner, pruners.names())
         if ":" not in self.model and self.model not in models.names():
-            raise unknown("model", self.model, [*models.names(), "package.module:factory"])
+            raise models.unknown_model(self.model)
         if not self.data_is_folder and self.data not in data_sets.names():
             raise unknown("data set", self.data, [*data_sets.names(), "a folder"])
         if self.activation is not None and self.activation not in ap.activations.names():

@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"--split must be train, val or test, not {options.split!r}")
     if options.images < 1:
         raise ValueError(f"--images must be 1 or more, not {options.images}")
-    config, data, model, about = _chosen(options)
     device = device_of(options.device)
+    config, data, model, about = _chosen(options)
     part: ImageSet = getattr(data, options.split)
     count = min(options.images, len(part))
     images = Resident(ImageSet(part.images[:count], part.labels[:count]), data, device)
@@ -82,6 +82,8 @@ def _chosen(options: DNR) -> tuple[Experiment, ImageData, nn.Module, dict[str, A
         experiment.refuse_code_inside(folder, experiment.load(folder.parent))
         config, data, model, row = experiment.last_network(folder)
         return config, data, model, {"cycle": row["cycle"], "density": row["density"], "activation": config.activation}
+    if folder.is_dir() and len(folder.parts) > 1 and not options.model.startswith("torchvision/"):
+        experiment.last_network(folder)  # says what to name instead
     names = ("model", "data", "data_root", "download", "weights", "activation", "image_size", "device")
     config = Experiment(**{name: getattr(options, name) for name in names})
     data = experiment.load_data(config)

@@ -32,9 +32,13 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the second where this build of torch knows nothing of it
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"--device {name} cannot be used here: {why}") from None
     return device
 
 

@@ -58,6 +58,7 @@ def prepare(config: Experiment, out: Path, side_by_side: int | None = None) -> i
     """Writes the experiment's configuration into its folder, or checks the one that is there.
 
     An experiment grows where the one asked for has more seeds or arms and is otherwise the same: what is done stays.
+    One of which no run has begun, because its data were missing for example, gives way to any other.
 
     Args:
         config: the experiment.
@@ -75,12 +76,14 @@ def prepare(config: Experiment, out: Path, side_by_side: int | None = None) -> i
     if path.exists():
         before, threads = _saved(path, "threads")
         odd = differences(before.to_dict(), config.to_dict())
-        if odd and not _grows(before, config):
+        begun = any(out.glob("*/config.json"))
+        if odd and begun and not _grows(before, config):
             raise FolderError(f"{out} holds another experiment ({'; '.join(odd)}): choose another --out")
-        if odd:
+        if odd and begun:
             write_json(path, {"schema": SCHEMA, "experiment": config.to_dict(), "threads": threads})
-        return threads
-    if out.exists() and any(child.name != ".lock" for child in out.iterdir()):
+        if begun or not odd:
+            return threads
+    elif out.exists() and any(child.name != ".lock" for child in out.iterdir()):
         raise FolderError(f"{out} is not empty, and not the folder of an experiment: choose another --out")
     if side_by_side is None:
         side_by_side = 1 if device_of(config.device).type != "cpu" else len(jobs(config))
@@ -342,6 +345,10 @@ def rehearse(config: Experiment, data: Any) -> None:
 
 def last_network(folder: Path) -> tuple[Experiment, Any, nn.Module, dict[str, Any]]:
     """The last trained network of a run that is done: its configuration, data, the model, and its row."""
+    if not (folder / "config.json").exists():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        like = folder / inside[0] if inside else "runs/quickstart/lite-seed0"
+        raise FolderError(f"{folder} is not the folder of a run, such as {like}")
     config, seed = _saved(folder / "config.json", "seed")
     if not (folder / "done.json").exists():
         raise FolderError(f"{folder} is not done yet: python -m recipes resume {shlex.quote(str(folder.parent))}")

@@ -68,8 +68,14 @@ def export(model: nn.Module, example_input: Tensor, config: ExportConfig, made: 
 
     Raises:
         ImportError: a format's library is missing; the message names the extra.
-        ValueError: an unknown format.
+        ValueError: an unknown format or none, no rounds, or a name that leads elsewhere.
     """
+    if config.rounds < 1:
+        raise ValueError(f"--rounds must be 1 or more, not {config.rounds}")
+    if not config.name or Path(config.name).name != config.name:
+        raise ValueError(f"--name must be the name of a file, not {config.name!r}: the folder is --out")
+    if not config.formats:
+        raise ValueError("--formats: give safetensors, onnx or both")
     for kind in config.formats:
         if kind not in ("safetensors", "onnx"):
             raise ValueError(f"format must be safetensors or onnx, not {kind!r}")
@@ -119,7 +125,8 @@ def _onnx(model: nn.Module, example_input: Tensor) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "ONNX files need onnx and onnxscript: pip install 'activate-while-pruning[export]'"
+            "ONNX files need onnx and onnxscript: pip install 'activate-while-pruning[export]', "
+            "or leave them out with --formats safetensors"
         ) from error
     # Two samples, since a batch of one would be taken for a constant.
     sample = example_input[:1].repeat(2, *(1,) * (example_input.dim() - 1))

@@ -9,7 +9,7 @@ from typing import Any
 
 from recipes import experiment, plots
 from recipes.config import SCHEMA, Experiment, Job
-from recipes.report import Report, Rows, correct, write_csv
+from recipes.report import Report, Rows, correct, paragraphs, write_csv
 from recipes.storage import FolderError, write_json, write_whole
 
 # What may differ between folders whose runs are pooled; everything else makes another experiment.
@@ -102,7 +102,7 @@ class Pool:
             if report.config.pruner != last:
                 last = report.config.pruner
                 parts.append(f"## `{last}`")
-            parts += [f"**{self.label(report, 'pruner')}**", report.markdown(), report.sentence()]
+            parts += [f"**{self.label(report, 'pruner')}**", report.markdown(), paragraphs(report.sentence())]
         return "\n\n".join([*parts, self.note()]) + "\n"
 
     def records(self) -> list[dict[str, Any]]:

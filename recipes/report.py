@@ -101,7 +101,7 @@ class Report:
         return cell
 
     def sentence(self) -> str:
-        """What is shown, and what is not."""
+        """What is shown, and what is not: a line an arm."""
         parts = []
         for arm in self.arms:
             cells = [
@@ -113,7 +113,7 @@ class Report:
             parts.append(f"{arm} against {base}: " + self._verdict(cells))
         if not parts:
             return "One arm only, or no pairs of equal density: nothing is compared."
-        return " ".join(parts)
+        return "\n".join(parts)
 
     def _verdict(self, cells: list[dict[str, Any]]) -> str:
         differences = [cell["accuracy_difference"] for cell in cells]
@@ -153,9 +153,10 @@ class Report:
         return "; ".join(texts) + "."
 
     def table(self) -> str:
-        """For a terminal: one line an arm and density, at most 100 columns wide."""
+        """For a terminal: one line an arm and density, 100 columns wide where arms have short names."""
+        wide = max(14, *map(len, self.arms))
         lines = [
-            f"{'density':>8}  {'arm':<14} {'seeds':>5}  {'accuracy %':>14}  {'DNR total %':>14}  {'static %':>8}  "
+            f"{'density':>8}  {'arm':<{wide}} {'seeds':>5}  {'accuracy %':>14}  {'DNR total %':>14}  {'static %':>8}  "
             f"{'Δ accuracy':>15}  {'Holm p':>6}"
         ]
         last = None
@@ -168,7 +169,7 @@ class Report:
                 p = "" if d.p_holm is None else f"{d.p_holm:.3f}"
             static = cell["dnr_static"]
             lines.append(
-                f"{density if density != last else '':>8}  {cell['arm'][:14]:<14} {len(cell['seeds']):>5}  "
+                f"{density if density != last else '':>8}  {cell['arm']:<{wide}} {len(cell['seeds']):>5}  "
                 f"{percent(cell['accuracy']):>14}  {percent(cell['dnr_total']):>14}  "
                 f"{'' if static is None else f'{100 * static.mean:.2f}':>8}  {change:>15}  {p:>6}"
                 + ("  ran out of candidates" if cell["shortfall"] else "")
@@ -219,7 +220,7 @@ class Report:
         """Writes the plots, summary.csv, summary.md and at last summary.json; returns what to look at."""
         pictures = plots.draw(self, out)
         write_csv(out / "summary.csv", self.records())
-        write_whole(out / "summary.md", f"{self.sentence()}\n\n{self.markdown()}\n")
+        write_whole(out / "summary.md", f"{paragraphs(self.sentence())}\n\n{self.markdown()}\n")
         write_json(out / "summary.json", self.to_dict())
         return pictures
 
@@ -231,6 +232,11 @@ def of_folder(out: Path) -> Report:
     """The report of an experiment's folder, finished or not."""
     config = experiment.load(out)
     return Report(config, experiment.rows(out, config))
+
+
+def paragraphs(text: str) -> str:
+    """Lines for Markdown, which would run them together."""
+    return text.replace("\n", "\n\n")
 
 
 def percent(value: Mean | None, digits: int = 2) -> str:

@@ -33,8 +33,11 @@ class FolderError(ValueError):
 def write_whole(path: Path, content: bytes | str) -> None:
     """Writes a file so that a reader, or a crash at any moment, sees the old content or the new one, never a part."""
     content = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    make_folder(path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"it cannot be written: {error.strerror}", str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -51,6 +54,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
         os.fsync(directory)  # the name too must survive a power cut
     finally:
         os.close(directory)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it, with those above it; FolderError where a file is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise FolderError(f"{folder} cannot be made: it, or something above it, is a file") from None
 
 
 def _umask() -> int:
@@ -174,10 +185,7 @@ def locked(folder: Path, patience_s: float = 2.0, alone: bool = True) -> Iterato
     Raises:
         FolderError: another process holds it, whose number is named, or it is no folder.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise FolderError(f"{folder} cannot be made: it, or something above it, is a file") from None
+    make_folder(folder)
     path = folder / ".lock"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,16 @@ def load_tensors(source: str | os.PathLike[str] | bytes) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why it cannot be read; torch's own text is long, and says how to run the code that may be inside."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if asked := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds a {asked[1]}, which is code, and not only tensors: save the model's state_dict() instead"
+    return "it is damaged, or torch.save did not write it"
 
 
 def _unpacked(file: Any) -> int:

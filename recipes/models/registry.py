@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from torch import nn
 
 import ap.activations
 import ap.init
+from ap.names import unknown
 from recipes.models.factories import call_factory
 from recipes.models.weights import load_weights
 
@@ -159,10 +159,10 @@ def create(
         )
     else:
         entry = _entry(name)
-        unknown = sorted(set(options) - set(entry.options()))
-        if unknown:
+        odd = sorted(set(options) - set(entry.options()))
+        if odd:
             known = ", ".join(entry.options()) or "none"
-            raise ValueError(f"{name} has no option {', '.join(unknown)}; its own options: {known}")
+            raise ValueError(f"{name} has no option {', '.join(odd)}; its own options: {known}")
         request = Request(num_classes, in_channels, image_size, activation or entry.activation, params, width)
         request.activation()  # so that a wrong name or parameter is reported as such
         try:
@@ -178,8 +178,18 @@ def create(
 
 def _entry(name: str) -> Entry:
     if name not in _entries:
-        close = difflib.get_close_matches(name, names(), n=3, cutoff=0.5) or names()
-        raise ValueError(
-            f"unknown model {name!r}: did you mean {', '.join(close)}? A model of your own is package.module:factory"
-        )
+        raise unknown_model(name)
     return _entries[name]
+
+
+def unknown_model(name: str) -> ValueError:
+    """The error for a name that is not registered; torchvision's models are asked for by the bare name, too.
+
+    >>> unknown_model("resnet18")
+    ValueError("unknown model 'resnet18': torchvision's is torchvision/resnet18")
+    """
+    from torchvision.models import list_models  # only here: it takes a second
+
+    if name in list_models():
+        return ValueError(f"unknown model {name!r}: torchvision's is torchvision/{name}")
+    return unknown("model", name, [*names(), "package.module:factory"])

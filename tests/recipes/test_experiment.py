@@ -88,8 +88,13 @@ def test_report_is_a_table_that_pandas_reads(finished):
     frame = pandas.DataFrame(report.records())
     assert set(frame["arm"]) == {"none", "lite", "pro", "pro:pruner", "lite:random-negative"}
     assert frame.loc[(frame.arm == "pro"), "baseline"].tolist() == ["pro:pruner"] * 3
-    assert max(len(line) for line in str(report.table()).splitlines()) <= 100
-    assert "single seed, which shows nothing" in report.sentence()
+    lines = report.table().splitlines()
+    assert max(map(len, lines)) <= 106  # 100, and 6 for the arm whose name is longer than the column
+    assert sum("lite:random-negative " in line for line in lines) == 3  # whole: several begin alike
+    sentences = report.sentence().splitlines()
+    assert [line.partition(":")[0] for line in sentences[:1]] == ["lite against none"]
+    assert len(sentences) == 4
+    assert all(line.endswith("single seed, which shows nothing.") for line in sentences)
 
 
 def test_tensorboard_has_the_tags(finished):
@@ -118,6 +123,15 @@ def test_another_configuration_is_refused(finished, capsys):
     assert "holds another experiment" in error
     assert "lr 0.05 there, 0.3 here" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_an_experiment_of_which_nothing_has_begun_gives_way_to_any_other(tmp_path, capsys):
+    out, missing = tmp_path / "run", tmp_path / "nothing-here"
+    wanted = ["run", "quickstart", *SMALL, "--ap", "none", "--cycles", "0", "--out", str(out), "--quiet"]
+    assert main([*wanted, "--data", "mnist", "--data-root", str(missing)]) == 2
+    assert "mnist" in capsys.readouterr().err
+    assert main(wanted) == 0
+    assert experiment.load(out).data == "digits"
 
 
 def test_more_seeds_and_arms_continue_an_experiment_and_fewer_do_not(finished, tmp_path, capsys):

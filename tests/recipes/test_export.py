@@ -65,6 +65,16 @@ def test_without_compaction_everything_keeps_its_size(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [({"rounds": 0}, "--rounds must be 1"), ({"name": "../x"}, "--name must be"), ({"formats": ()}, "--formats: give")],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, wrong, why):
+    with pytest.raises(ValueError, match=why):
+        export(nn.Linear(2, 2), torch.ones(1, 2), ExportConfig(tmp_path / "out", **wrong), {})
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_an_unknown_format_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="safetensors or onnx, not 'pickle'"):
         export(pruned(), torch.zeros(1, 3, 32, 32), ExportConfig(tmp_path / "x", formats=("pickle",)), {})

@@ -422,7 +422,7 @@ def test_the_small_cnn_learns_the_digits(activation: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
-        ("resnet-20", {}, "unknown model 'resnet-20': did you mean resnet20"),
+        ("resnet-20", {}, "unknown model 'resnet-20'; close: resnet20"),
         ("resnet20", {"activation": "rleu"}, "rleu"),
         ("resnet20", {"shortcut": "C"}, "resnet20: shortcut must be 'A' or 'B'"),
         ("resnet20", {"depth": 3}, "resnet20 has no option depth; its own options: shortcut"),

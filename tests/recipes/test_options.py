@@ -54,6 +54,12 @@ def test_an_unknown_option_is_one_line_with_the_close_ones(words, wanted, capsys
         ("resume --quiet", ""),
         ("dnr", "dnr needs a model first: "),
         ("dnr --images 3", ""),
+        ("dnr resnet18", "unknown model 'resnet18': torchvision's is torchvision/resnet18"),
+        ("dnr cnn --device gpu", "--device must be auto, cpu, cuda or cuda:N, not 'gpu'"),
+        ("dnr cnn --device meta", "--device meta cannot be used here: "),
+        ("dnr tests/recipes", "tests/recipes is not the folder of a run, such as runs/quickstart/lite-seed0"),
+        ("dnr cnn --weights README.md", "README.md cannot be read as weights alone: it is damaged, or torch.save"),
+        ("export tests/recipes", "tests/recipes is not the folder of a run, such as runs/quickstart/lite-seed0"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_line(words, wanted, capsys) -> None:
@@ -61,6 +67,7 @@ def test_a_value_that_cannot_be_is_one_line(words, wanted, capsys) -> None:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {wanted}")
     assert not re.search("─|---", line)  # of tyro's boxes
+    assert len(line) < 700
 
 
 def test_every_command_explains_itself(capsys) -> None:
