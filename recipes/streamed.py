@@ -7,6 +7,7 @@ decoded twice, and memory holds no more than what the system caches of the file.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def fits(data: ImageData, device: torch.device) -> bool:
     return 2 * needed < free
 
 
+@functools.cache
+def _copy_stream(stream: Any) -> Any:
+    """One for copies beside a stream, for all that is copied there: torch has 32 a device, and then gives some again."""
+    return torch.cuda.Stream(stream.device)
+
+
 class Streamed(Resident):
     """The same as `Resident`, reading ahead of use instead of keeping the images on the device.
 
@@ -50,7 +57,7 @@ class Streamed(Resident):
         self._read_ahead: dict[tuple[int, int], Future[None]] = {}
         self._buffers: dict[tuple[int, int], list[Tensor]] = {}
         self._pool = ThreadPoolExecutor(AHEAD, "reader")
-        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copying = _copy_stream(torch.cuda.current_stream(device)) if device.type == "cuda" else None
         super().__init__(images, data, device, *args, **options)
 
     def _hold(self, images: ImageSet) -> None:
