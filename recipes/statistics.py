@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special  # and not scipy.stats, which takes a second to import
 
 POWER = 0.8
 LEVEL = 0.05
@@ -54,7 +55,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
         return Mean(len(x), float(x.mean()), None)
-    half = stats.t.ppf(1 - LEVEL / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    half = _critical(len(x)) * x.std(ddof=1) / math.sqrt(len(x))
     return Mean(len(x), float(x.mean()), float(half))
 
 
@@ -73,35 +74,41 @@ def paired(arm: Sequence[float], baseline: Sequence[float], margin: float) -> Pa
     if n < 2:
         return Paired(n, difference, None, None, None, None, None)
     error = float(d.std(ddof=1)) / math.sqrt(n)
-    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * error
+    half = _critical(n) * error
     if error == 0 and difference == 0:  # the arms are the same
         return Paired(n, 0.0, 0.0, 1.0, None, True, 0.0)
     if error < 1e-12:
         # The same difference in every pair: accuracies come in steps of one image, so that a few seeds may agree by
         # chance. Their spread says nothing then, and no test is made.
         return Paired(n, difference, None, None, None, None, None)
-    p = float(2 * stats.t.sf(abs(difference) / error, n - 1))
-    worse = max(stats.t.sf((difference + margin) / error, n - 1), stats.t.cdf((difference - margin) / error, n - 1))
+    p = float(2 * special.stdtr(n - 1, -abs(difference) / error))
+    worse = max(special.stdtr(n - 1, (sign * difference - margin) / error) for sign in (-1, 1))
     return Paired(n, difference, half, p, None, bool(worse < LEVEL), detectable(n) * error * math.sqrt(n))
 
 
+@functools.cache
 def detectable(n: int) -> float:
     """The smallest true difference, in standard deviations of the pairs, that n pairs show with 80 % power at 5 %.
 
     >>> round(detectable(3), 1), round(detectable(10), 2)
     (3.3, 1.0)
     """
-    critical = float(stats.t.ppf(1 - LEVEL / 2, n - 1))
+    critical = _critical(n)
     # The noncentral t is a normal divided by a chi: quadrature over the chi's quantiles is stable far out.
     quantiles = (np.arange(4000) + 0.5) / 4000
-    spread = np.sqrt(stats.chi2.ppf(quantiles, n - 1) / (n - 1))
+    spread = np.sqrt(special.gammaincinv((n - 1) / 2, quantiles) * 2 / (n - 1))
 
     def lack(effect: float) -> float:
         shift = effect * math.sqrt(n)
-        seen = stats.norm.sf(critical * spread - shift) + stats.norm.cdf(-critical * spread - shift)
+        seen = special.ndtr(shift - critical * spread) + special.ndtr(-critical * spread - shift)
         return float(seen.mean()) - POWER
 
     return float(optimize.brentq(lack, 0.0, 100.0))
+
+
+def _critical(n: int) -> float:
+    """What Student's t of n values exceeds in one of twenty cases, on either side."""
+    return float(special.stdtrit(n - 1, 1 - LEVEL / 2))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +9,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from recipes.statistics import detectable, holm, mean_of, paired
+
+
+def test_importing_it_does_not_take_the_second_that_scipy_stats_does():
+    code = "import sys, recipes.statistics; print('scipy.stats' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_mean_and_interval_by_hand():
