@@ -42,7 +42,9 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def _classes(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise MissingDataError(f"there is no folder {folder}")
+    found = sorted(path for path in folder.iterdir() if path.is_dir())
     if not found:
         raise MissingDataError(f"no folder of a class in {folder}")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import warnings
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ap.names import unknown
 from recipes.data import cifar, digits, folders, mnist, stl10
 from recipes.data.packs import DamagedPackError, locked, read_pack, write_pack
 from recipes.data.sets import DataError, ImageData, MissingDataError, Whole
@@ -54,9 +54,8 @@ def load(
     (1200, 200, 397, (1200, 1, 8, 8))
     """
     if name not in names():
-        close = difflib.get_close_matches(name, names(), n=3, cutoff=0.5) or names()
-        hint = " (a folder of images: name 'folder', and its path as root)" if os.sep in name or "/" in name else ""
-        raise DataError(f"unknown data set {name!r}: did you mean {', '.join(close)}?{hint}")
+        hint = ": for a folder of images, the name is 'folder' and its path the root" if "/" in name else ""
+        raise DataError(f"{unknown('data set', name, names())}{hint}")
     if size is not None and size < 1:
         raise DataError(f"{name}: size must be at least 1 pixel, not {size}")
     if size is not None and (name not in SOURCES or SOURCES[name].size is None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ap.names import unknown
 from recipes.studies import (  # noqa: F401  (studies register themselves)
     activation_search,
     activation_sweep,
@@ -46,14 +46,12 @@ def create(name: str, *, quick: bool = False, **options: Any) -> Study:
         ValueError: an unknown name (the close ones are listed) or option.
     """
     if name not in registered():
-        close = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
-        raise ValueError(f"unknown study {name!r}: did you mean {', '.join(close)}?")
+        raise unknown("study", name, names())
     kind = registered()[name]
     known = list(kind.__dataclass_fields__)
     for option in options:
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=3, cutoff=0.4) or known
-            raise ValueError(f"study {name} has no option {option!r}: did you mean {', '.join(close)}?")
+            raise unknown(f"option of the study {name}", option, known)
     return kind.quick(**options) if quick else kind(**options)
 
 

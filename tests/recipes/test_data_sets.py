@@ -127,7 +127,7 @@ def test_impossible_validation_sizes(val: float) -> None:
 
 
 def test_unknown_names_list_the_close_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown data set 'cifar-10'.*cifar10"):
+    with pytest.raises(ValueError, match=r"unknown data set 'cifar-10'; close: cifar10, .*\(known: digits, "):
         load("cifar-10")
     with pytest.raises(ValueError, match="can be shrunk to"):
         load("digits", size=32)
@@ -140,6 +140,14 @@ def test_unknown_names_list_the_close_ones() -> None:
 def test_a_name_is_never_a_path(name: str) -> None:
     with pytest.raises(DataError, match="unknown data set"):
         load(name)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"folder: there is no folder .*/photos/train. Put train/<class>/\*"):
+        load("folder", tmp_path / "photos")
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"folder: no folder of a class in .*/photos/train. Put"):
+        load("folder", tmp_path / "photos")
 
 
 def test_a_data_set_is_printed_in_a_line() -> None:
