@@ -40,6 +40,7 @@ from recipes.storage import (
     state_errors,
     write_json,
 )
+from recipes.turns import AT_MOST
 from recipes.workers import Flag, start_worker, work
 
 MOST = {"threads": 1024, "seed": 2**63}  # what the configuration of an experiment allows
@@ -224,6 +225,8 @@ def execute(
     device = device_of(config.device)
     on_gpu = device.type != "cpu"
     workers = workers or (1 if on_gpu else min(len(left), max(1, _cores() // threads)))
+    if on_gpu and workers > AT_MOST:
+        raise ValueError(f"--workers {workers}: at most {AT_MOST} runs go side by side on a GPU")
     processes, turns = (1, workers) if on_gpu else (workers, 1)
     # The data set is packed before several processes want it.
     rehearse(config, load_data(config))
@@ -236,7 +239,8 @@ def execute(
         ProcessPoolExecutor(processes, context, start_worker, (stop, queue, threads, os.getpid())) as pool,
     ):
         tasks = [left] if turns > 1 else [[job] for job in left]
-        pending = {pool.submit(work, do, task, device, turns): task for task in tasks}
+        with _signals_held():
+            pending = {pool.submit(work, do, task, device, turns): task for task in tasks}
         told = False
         while pending:
             finished, _ = wait(pending, timeout=0.2)
@@ -382,6 +386,19 @@ def stopping(stop: Flag | threading.Event, insist: bool = True) -> Iterator[None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes begun inside never get SIGINT and SIGTERM, which a terminal sends to all, not even while they import.
+
+    This one gets them afterwards. (What multiprocessing begins by itself, which would let them through, runs already.)
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _do(config: Experiment, out: Path, job: Job, say: Say, stopped: Callable[[], bool]) -> None:

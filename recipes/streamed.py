@@ -37,7 +37,7 @@ def fits(data: ImageData, device: torch.device) -> bool:
 
 @functools.cache
 def _copy_stream(stream: Any) -> Any:
-    """One for copies beside a stream, for all that is copied there: torch has 32 a device, and then gives some again."""
+    """One for copies beside a stream, for all that is copied there: torch has 32 a device, then gives some again."""
     return torch.cuda.Stream(stream.device)
 
 

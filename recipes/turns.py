@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Each run has a stream, one for captures and one for copies, and torch has 32 a device.
+AT_MOST = 10
+
 
 class Turns:
     """Who is next.

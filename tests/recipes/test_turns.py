@@ -252,6 +252,8 @@ def test_an_experiment_for_a_gpu_is_done_in_turn_in_one_process(tmp_path, monkey
         events.append(event)
         processes.update(child.pid for child in multiprocessing.active_children())
 
+    with pytest.raises(ValueError, match="--workers 11: at most 10 runs go side by side on a GPU"):
+        experiment.execute(config, tmp_path, say, 1, workers=11)
     experiment.execute(config, tmp_path, say, 1, workers=3)
     assert asked
     assert len(processes) <= 2  # one, and maybe a resource tracker
