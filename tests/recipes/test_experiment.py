@@ -229,6 +229,23 @@ def test_a_signal_ends_it_cleanly_and_says_how_to_go_on(finished, tmp_path, numb
     assert metrics(out) == expected_rows(finished)
 
 
+def test_ctrl_c_while_the_processes_begin_is_no_traceback(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "recipes", "run", "quickstart", *SMALL, "--ap", "none", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def children():
+        found = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "spawn_main"], capture_output=True, check=False)
+        return found.stdout.split()
+
+    wait_for(children, process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "Broken" not in error
+
+
 def test_runs_side_by_side_are_those_of_one_at_a_time(tmp_path):
     options = ["--ap", "none", "lite", "--cycles", "1", "--epochs", "1", "--seeds", "1", "--threads", "1", "--quiet"]
     for workers in ("1", "2"):
