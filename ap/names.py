@@ -42,13 +42,14 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def close_names(name: object, known: Iterable[str]) -> str:
-    """The end of an error message: the known names that look like `name`, or nothing.
+    """The end of an error message: the known names that look like `name`, in whichever case, or nothing.
 
-    >>> close_names("magnitud", ["magnitude", "random"])
+    >>> close_names("Magnitud", ["magnitude", "random"])
     '; close: magnitude'
     """
-    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    return f"; close: {', '.join(close)}" if close else ""
+    lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.5)
+    return f"; close: {', '.join(lower[one] for one in close)}" if close else ""
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:

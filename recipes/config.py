@@ -326,6 +326,11 @@ class Experiment:
         return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
+    def places(self) -> str | list[str]:
+        """Where AP removes weights, as `AP(where=...)` takes it."""
+        return self.where if self.where in ("all", "rectified") else self.where.split(",")
+
+    @property
     def data_is_folder(self) -> bool:
         """Whether `data` is a path instead of a name."""
         return "/" in self.data or "\\" in self.data or self.data in (".", "..")

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import pruners
-from ap import Masks
+from ap import AP, Masks
 from ap.compaction import fit_
 from recipes import data as data_sets
 from recipes import distributed, models
@@ -327,8 +327,10 @@ def rehearse(config: Experiment, data: Any) -> None:
     """One round of the pruner's scores on the untrained model: what cannot work is said before hours of training.
 
     Raises:
-        ValueError: the pruner cannot score this model; the message says why.
+        ValueError: the pruner cannot score this model, or it has no such layer; the message says why.
     """
+    if isinstance(config.places, list):
+        AP(build(config, data, config.first_seed), where=config.places)
     if all(arm.variant == "solo" for arm in config.arms) or config.pruner.startswith("structured-"):
         return  # which change the model, and look at its groups when they are made
     device = device_of(config.device)

@@ -63,7 +63,7 @@ class OneRun:
             ap=job.arm.variant,
             rate=config.rate,
             criterion=job.arm.criterion,
-            where=config.where if config.where in ("all", "rectified") else config.where.split(","),
+            where=config.places,
             allocation=config.allocation,
             rewind=config.rewind,
             batches=self.engine.score_batches(),

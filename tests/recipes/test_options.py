@@ -80,3 +80,19 @@ def test_every_command_explains_itself(capsys) -> None:
 def test_values_that_begin_with_a_minus_and_underscores_are_no_unknown_options(capsys) -> None:
     assert cli.main(["run", "quickstart", "--first_seed", "-1"]) == 2
     assert capsys.readouterr().err.startswith("error: --first-seed must be a whole number, 0 or more, not -1")
+
+
+def test_a_layer_that_is_not_there_is_said_before_anything_is_trained(tmp_path, capsys):
+    arguments = ["run", "quickstart", "--where", "conv1,fc9", "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "fc9" in error
+    assert list((tmp_path / "run").glob("*/config.json")) == []  # so that the corrected command may use the folder
+
+
+def test_names_in_another_case_are_close(capsys):
+    assert cli.main(["run", "quickstart", "--pruner", "LAMP"]) == 2
+    assert "close: lamp" in capsys.readouterr().err
+    assert cli.main(["run", "quickstart", "--activation", "SmeLU"]) == 2
+    assert "close: smelu" in capsys.readouterr().err
