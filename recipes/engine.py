@@ -59,6 +59,18 @@ def can_capture(config: Experiment, device: torch.device) -> bool:
     return device.type == "cuda" and not followed and not distributed.launched()
 
 
+def check_batches(config: Experiment, data: ImageData) -> None:
+    """ValueError where a batch is larger than the training set, or cannot be shared out among the processes."""
+    for name in ("batch_size", "score_size"):
+        size = getattr(config, name)
+        if size is not None and size > len(data.train):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {size} is more than the {len(data.train):,} training images")
+    if config.batch_size % (distributed.size() * config.accumulate):
+        parts = f"{distributed.size()} processes × --accumulate {config.accumulate}"
+        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {parts}")
+
+
 class Engine:
     """What all trainings of a run share: the data on the device, precision, optimizer, evaluation.
 
@@ -72,13 +84,7 @@ class Engine:
     """
 
     def __init__(self, config: Experiment, data: ImageData, seed: int) -> None:
-        if config.batch_size > len(data.train):
-            raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
-        if config.score_size is not None and config.score_size > len(data.train):
-            raise ValueError(f"--score-size {config.score_size} is more than the {len(data.train)} training images")
-        if config.batch_size % (distributed.size() * config.accumulate):
-            parts = f"{distributed.size()} processes × --accumulate {config.accumulate}"
-            raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {parts}")
+        check_batches(config, data)
         self.config, self.seed = config, seed
         self.device = device_of(config.device)
         on_gpu = self.device.type == "cuda"

@@ -10,7 +10,7 @@ import shlex
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,7 +26,7 @@ from ap.compaction import fit_
 from recipes import data as data_sets
 from recipes import distributed, models
 from recipes.config import SCHEMA, Experiment, Job, differences
-from recipes.engine import Stopped, can_capture, device_of
+from recipes.engine import Stopped, can_capture, check_batches, device_of
 from recipes.hearing import heard
 from recipes.one_run import OneRun, Say
 from recipes.storage import (
@@ -47,7 +47,21 @@ MOST = {"threads": 1024, "seed": 2**63}  # what the configuration of an experime
 
 
 class Failed(RuntimeError):
-    """Some runs did not end well; the message says which and why, one a line."""
+    """Some runs did not end well; the message says which and why."""
+
+    @classmethod
+    def by_reason(cls, failures: Sequence[str]) -> Failed:
+        """A line for each reason, with the runs that it is of.
+
+        >>> print(Failed.by_reason(["none-seed0: no memory", "lite-seed0: diverged", "none-seed1: no memory"]))
+        none-seed0, none-seed1: no memory
+        lite-seed0: diverged
+        """
+        runs: dict[str, list[str]] = {}
+        for text in failures:
+            run, _, why = text.partition(": ")
+            runs.setdefault(why, []).append(run)
+        return cls("\n".join(f"{', '.join(its)}: {why}" for why, its in runs.items()))
 
 
 def jobs(config: Experiment) -> list[Job]:
@@ -268,7 +282,7 @@ def execute(
     if stop.is_set():
         raise Stopped
     if failures:
-        raise Failed("\n".join(failures))
+        raise Failed.by_reason(failures)
 
 
 def check_workers(workers: int | None) -> None:
@@ -327,8 +341,10 @@ def rehearse(config: Experiment, data: Any) -> None:
     """One round of the pruner's scores on the untrained model: what cannot work is said before hours of training.
 
     Raises:
-        ValueError: the pruner cannot score this model, or it has no such layer; the message says why.
+        ValueError: the pruner cannot score this model or remove that much, the model has no such layer, or a batch is
+            larger than the training set; the message says why.
     """
+    check_batches(config, data)
     if isinstance(config.places, list):
         AP(build(config, data, config.first_seed), where=config.places)
     if all(arm.variant == "solo" for arm in config.arms) or config.pruner.startswith("structured-"):
@@ -344,7 +360,10 @@ def rehearse(config: Experiment, data: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the runs will say it
         try:
-            pruners.create(config.pruner).scores(model, Masks(model), batches, nn.functional.cross_entropy)
+            pruner = pruners.create(config.pruner)
+            pruner.scores(model, Masks(model), batches, nn.functional.cross_entropy)
+            if config.pruner == "nm" and config.cycles:  # which removes a fixed share, and says so
+                pruner.prune(model, Masks(model), config.amount)
         except (ValueError, TypeError, NotImplementedError) as error:  # the last is torch's, of what has no derivative
             raise ValueError(f"the pruner {config.pruner} cannot prune {config.model}: {error}") from None
 

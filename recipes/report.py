@@ -112,14 +112,27 @@ class Report:
             base = cells[0]["baseline"]
             parts.append(f"{arm} against {base}: " + self._verdict(cells))
         if not parts:
-            return "One arm only, or no pairs of equal density: nothing is compared."
+            return self._nothing()
         return "\n".join(parts)
+
+    def _nothing(self) -> str:
+        """Why there is no comparison."""
+        bases = {arm: base for arm in self.arms if (base := baseline_of(arm, self.arms))}
+        if not bases:
+            return "Nothing is compared: that takes an arm and its baseline, none (or pro:pruner for pro)."
+        pruned = [(arm, seed) for arm, base in bases.items() for seed in self.by_arm[arm] if self._row(base, seed, 1)]
+        if not any(self._row(arm, seed, 1) for arm, seed in pruned):
+            return "Nothing is compared: no seed has a pruned network in an arm and in its baseline."
+        return (
+            "Nothing is compared: the arms never have the same number of weights left. Structured pruners remove "
+            "channels, which hold different numbers of them."
+        )
 
     def _verdict(self, cells: list[dict[str, Any]]) -> str:
         differences = [cell["accuracy_difference"] for cell in cells]
         if differences[0].n < 2:
-            low, high = (100 * f(d.difference for d in differences) for f in (min, max))
-            return f"differences from {low:+.2f} to {high:+.2f} points with a single seed, which shows nothing."
+            found = _from_to([d.difference for d in differences], 2)
+            return f"accuracy differs by {found} points with a single seed, which shows nothing."
         tested = [d for d in differences if d.p is not None]
         shown = [
             c for c in cells if c["accuracy_difference"].p_holm is not None and c["accuracy_difference"].p_holm < 0.05
@@ -131,24 +144,21 @@ class Report:
                 ranges = ", ".join(
                     f"{100 * c['accuracy_difference'].difference:+.2f} at {c['density']:.1%}" for c in at
                 )
-                texts.append(f"accuracy is {word} at {len(at)} of {len(cells)} densities ({ranges} of the weights)")
+                texts.append(f"accuracy is {word} at {len(at)} of {_densities(cells)} ({ranges} of the weights)")
         equal = [c for c in cells if c["accuracy_difference"].equivalent]
         if not texts:
             texts.append("no difference in accuracy shown at any density")
         if equal:
             texts.append(f"equivalent within ±{100 * MARGIN:g} points at {len(equal)} of {len(cells)}")
         seen = [100 * d.detectable for d in tested if d.detectable is not None] or [0.0]
-        texts.append(
-            f"with {differences[0].n} seeds a difference below {median(seen):.2f} points (the median over densities; "
-            f"{max(seen):.2f} at worst) can be missed"
-        )
+        among = f" (the median over densities; {max(seen):.2f} at worst)" if len(seen) > 1 else ""
+        texts.append(f"with {differences[0].n} seeds a difference below {median(seen):.2f} points{among} can be missed")
         dnr = [c["dnr_total_difference"] for c in cells if c["dnr_total_difference"] is not None]
         if dnr:
             lower = sum(d.p_holm is not None and d.p_holm < 0.05 and d.difference < 0 for d in dnr)
-            low, high = min(d.difference for d in dnr), max(d.difference for d in dnr)
             texts.append(
-                f"the dead-neuron rate changes by {100 * low:+.1f} to {100 * high:+.1f} points, shown to be lower at "
-                f"{lower} of {len(dnr)} densities"
+                f"the dead-neuron rate changes by {_from_to([d.difference for d in dnr], 1)} points, shown to be lower "
+                f"at {lower} of {_densities(dnr)}"
             )
         return "; ".join(texts) + "."
 
@@ -237,6 +247,20 @@ def of_folder(out: Path) -> Report:
 def paragraphs(text: str) -> str:
     """Lines for Markdown, which would run them together."""
     return text.replace("\n", "\n\n")
+
+
+def _from_to(shares: Sequence[float], digits: int) -> str:
+    """The range of some differences, in percentage points.
+
+    >>> _from_to([-0.01, 0.02], 1), _from_to([0.02], 1)
+    ('-1.0 to +2.0', '+2.0')
+    """
+    low, high = (f"{100 * value:+.{digits}f}" for value in (min(shares), max(shares)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _densities(found: Sequence[object]) -> str:
+    return f"{len(found)} densit{'y' if len(found) == 1 else 'ies'}"
 
 
 def percent(value: Mean | None, digits: int = 2) -> str:

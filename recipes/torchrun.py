@@ -76,4 +76,4 @@ def _run_all(config: Experiment, out: Path, left: list[Job], say: Say) -> None:
             if distributed.rank() == 0:
                 say({"event": "done" if outcome == "done" else "failed", "job": job.name, "why": outcome})
     if failures:
-        raise Failed("\n".join(failures))
+        raise Failed.by_reason(failures)

@@ -82,12 +82,21 @@ def test_values_that_begin_with_a_minus_and_underscores_are_no_unknown_options(c
     assert capsys.readouterr().err.startswith("error: --first-seed must be a whole number, 0 or more, not -1")
 
 
-def test_a_layer_that_is_not_there_is_said_before_anything_is_trained(tmp_path, capsys):
-    arguments = ["run", "quickstart", "--where", "conv1,fc9", "--out", str(tmp_path / "run"), "--quiet"]
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--where conv1,fc9", "fc9"),
+        ("--train-images 30", "--batch-size 50 is more than the 30 training images"),
+        ("--score-size 5000", "--score-size 5000 is more than the 1,200 training images"),
+        ("--pruner nm --ap none --cycles 1", "the pruner nm cannot prune cnn: 2:4 sparsity removes exactly 0.5 of its"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(options, why, tmp_path, capsys):
+    arguments = ["run", "quickstart", *options.split(), "--out", str(tmp_path / "run"), "--quiet"]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "fc9" in error
+    assert why in error
     assert list((tmp_path / "run").glob("*/config.json")) == []  # so that the corrected command may use the folder
 
 

@@ -61,7 +61,7 @@ def test_every_pruner_of_the_grid_goes_with_every_preset(name):
 @pytest.mark.parametrize("name", [name for name in presets.PRESETS if name.endswith(("cifar10", "cifar100"))])
 def test_every_pruner_of_the_grid_scores_the_presets_models(name):
     """Or is refused before anything is trained: SynFlow has no meaning through attention."""
-    base = dataclasses.replace(presets.get(name).experiment, width=0.25, device="cpu")
+    base = dataclasses.replace(presets.get(name).experiment, width=0.25, batch_size=8, device="cpu")
     data = some_images(base)
     for pruner in GRID:
         config = dataclasses.replace(base, pruner=pruner)
