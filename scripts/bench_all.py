@@ -99,6 +99,8 @@ def page(everything: dict[str, Any], reasons: dict[str, str]) -> str:
             text += f"`scripts/bench_{name}.py` gave nothing: {result['error']}.\n\n"
             continue
         text += f"{result['about']}\n`python scripts/bench_{name}.py --device {device}`\n\n"
+        if len(machines) > 1:
+            text += f"On: {result['machine']}.\n\n"
         text += "".join(_table(setting, rows) for setting, rows in _by_setting(result["rows"]).items())
         text += f"Peak of the whole process: {result['process_peak_bytes'] / 2**30:.1f} GiB.\n\n"
     return text.rstrip("\n") + "\n"
