@@ -12,6 +12,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -156,7 +157,7 @@ def _run(arguments: list[str]) -> int:
 class Resume:
     """Goes on with a stopped experiment, or with those of a sweep."""
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """The experiment's or the sweep's folder."""
     workers: int | None = None
     """How many runs go side by side."""
@@ -282,7 +283,7 @@ class Compare:
     for instance, there is a table for each, ordered by pruner, and one correction for all comparisons.
     """
 
-    out: tyro.conf.Positional[tuple[Path, ...]]
+    out: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DIR…")]
     """The folders of experiments or sweeps."""
     json: bool = False
     """Print JSON instead of tables, a line an experiment."""

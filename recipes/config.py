@@ -111,7 +111,7 @@ class Experiment:
     ap: tuple[str, ...] = ("none", "lite")
     """The arms to compare, variant[:criterion]: none, lite, pro or solo; pro:pruner is the control of pro."""
     pruner: str = "magnitude"
-    """The pruner that AP accompanies, a name of `pruners.names()`."""
+    """The pruner that AP accompanies; `list` names all."""
     cycles: int = 20
     """How many prunings; n of them give n + 1 trained networks."""
     amount: float = 0.2
@@ -135,15 +135,15 @@ class Experiment:
 
     # --- model and data ---
     model: str = "cnn"
-    """A name of `recipes.models.names()`, or package.module:factory for your own."""
+    """The model: a name that `list` shows, or package.module:factory for your own."""
     activation: str | None = None
-    """The activation, a name of `ap.activations.names()`; the model's own if not given."""
+    """The activation, of those that `list` shows; the model's own if not given."""
     width: float = 1.0
     """Scales the model's number of channels."""
     weights: str | None = None
     """A file of weights to start from instead of a random initialisation (safetensors or a torch state dict)."""
     data: str = "digits"
-    """A name of `recipes.data.names()`, or a folder of images: FOLDER/train/<class>/*, FOLDER/val/<class>/*."""
+    """A data set that `list` shows, or a folder of images: FOLDER/train/<class>/*, FOLDER/val/<class>/*."""
     data_root: str | None = None
     """Where the data's files are; $AP_DATA or ./data if not given."""
     download: bool = False
@@ -153,8 +153,8 @@ class Experiment:
     val: float | None = None
     """The share (below 1) or number of training images held out for validation; the data set's own default if None."""
     inputs: Literal["standard", "non-negative"] = "standard"
-    """How images are normalised: to zero mean and unit variance, or to [0, 1], where AP's argument holds for the first
-    layer too: a negative weight pushes a neuron down only if its input is not negative."""
+    """Images are normalised to mean 0 and variance 1, or to [0, 1], as AP's argument needs it in the first layer."""
+    # A negative weight pushes a neuron down only if its input is not negative.
     train_images: int | None = None
     """Train on this many images only, every class in its share: for trying something out. All if None."""
     probe: int = 1000
@@ -188,8 +188,7 @@ class Experiment:
     gamma: float = 0.1
     """The factor at each milestone."""
     augment: Literal["data", "none", "crop-flip", "resized-crop"] = "data"
-    """What training does to images: what the data set says, nothing, random crops (padding 4) and mirroring, or crops
-    of random size and shape, resized to the whole image, and mirroring."""
+    """What training does to images: what the data set says, nothing, crops (padding 4) or resized crops, mirroring."""
     crop_area: float = 0.08
     """The smallest share of an image that such a crop of random size shows."""
     cutout: int = 0

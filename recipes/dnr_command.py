@@ -24,9 +24,8 @@ from recipes.storage import write_json
 class DNR:
     """The dead-neuron rates of a model on data: a table, and on request a chart and JSON."""
 
-    model: tyro.conf.Positional[str]
-    """A name of `recipes.models.names()`, torchvision/NAME for any of torchvision's, package.module:factory, or the
-    folder of a run that is done, such as runs/quickstart/lite-seed0: its last network, on its data."""
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A name that `list` shows, torchvision/NAME, package.module:factory, or a run's folder: its network and data."""
     data: str = "digits"
     """A data set, or a folder of images."""
     data_root: str | None = None

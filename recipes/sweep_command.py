@@ -25,13 +25,13 @@ class Grid(Unchecked):
     """An experiment's options, several values of some."""
 
     model: tuple[str, ...] = ()  # type: ignore[assignment]
-    """Names of `recipes.models.names()`, or package.module:factory."""
+    """Models that `list` shows, or package.module:factory."""
     data: tuple[str, ...] = ()  # type: ignore[assignment]
-    """Names of `recipes.data.names()`, or folders of images."""
+    """Data sets that `list` shows, or folders of images."""
     pruner: tuple[str, ...] = ()  # type: ignore[assignment]
-    """Names of `pruners.names()`."""
+    """Pruners that `list` shows."""
     activation: tuple[str, ...] = ()  # type: ignore[assignment]
-    """Names of `ap.activations.names()`; each model's own if none is given."""
+    """Activations that `list` shows; each model's own if none is given."""
     rewind: tuple[str, ...] = ()  # type: ignore[assignment]
     """Where the weights go back to after each pruning: init, steps (500it, 2ep), lr, none."""
     rate: tuple[float, ...] = ()  # type: ignore[assignment]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import re
 
 import pytest
 
 from recipes import cli
+from recipes.config import Experiment
+from recipes.dnr_command import DNR
+from recipes.export import ExportConfig
+from recipes.sweep_command import Grid, Sweep
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,15 @@ def test_every_command_explains_itself(capsys) -> None:
         with contextlib.suppress(SystemExit):  # which tyro and argparse raise
             cli.main([command, "--help"])
         assert f"python -m recipes {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [cli.Run, cli.Resume, cli.Compare, Experiment, Grid, Sweep, DNR, ExportConfig])
+def test_an_option_is_explained_in_one_line_of_code(kind) -> None:
+    """In --help each line begins a new one, wherever it ends."""
+    (made,) = ast.parse(inspect.getsource(kind)).body
+    texts = [ast.literal_eval(part.value) for part in made.body if isinstance(part, ast.Expr)][1:]  # not of the class
+    assert len(texts) == sum(isinstance(part, ast.AnnAssign) and part.target.id != "experiment" for part in made.body)
+    assert [text for text in texts if "\n" in text] == []
 
 
 def test_values_that_begin_with_a_minus_and_underscores_are_no_unknown_options(capsys) -> None:
