@@ -106,8 +106,10 @@ def options(module: str, kind: str) -> list[str]:
             sections.append((title[1].capitalize(), []))
         elif declared and declared[1] in fields and (kind, declared[1]) in docs:
             field = fields[declared[1]]
-            positional = str(field.type).startswith("tyro.conf.Positional")
-            shown = field.name.upper() if positional else "--" + field.name.replace("_", "-")
+            called = re.search("""metavar=['"](.+?)['"]""", str(field.type))
+            positional = "tyro.conf.Positional" in str(field.type)
+            place = called[1] if called else field.name.upper()
+            shown = place if positional else "--" + field.name.replace("_", "-")
             sections[-1][1].append([f"`{shown}`", default(field), " ".join(docs[kind, field.name]).strip()])
     lines = []
     for heading, rows in sections:

@@ -141,6 +141,14 @@ def test_experiments_in_the_documentation_are_valid(monkeypatch) -> None:
     assert len(taken) == wanted > 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "place"), [("cli:Resume", "DIR"), ("cli:Compare", "DIR…"), ("dnr_command:DNR", "MODEL")]
+)
+def test_what_is_told_by_its_place_is_no_option_in_the_tables(kind, place):
+    module, name = kind.split(":")
+    assert directives.options(f"recipes.{module}", name)[2].startswith(f"| `{place}` | – |")
+
+
 def test_watch_options_in_the_documentation_exist() -> None:
     shown = set(re.findall(r"(?<!\w)--?[a-z][\w-]*", " ".join(directives.arguments(watch_parser()))))
     for page, words in commands():
