@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from recipes.extras import MissingExtraError, needs_recipes
@@ -9,6 +10,8 @@ from recipes.extras import MissingExtraError, needs_recipes
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; says what to install where only the plugin is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every locale has a ±, and a table with a ? is worth having
     try:
         with needs_recipes("python -m recipes"):
             from recipes import cli

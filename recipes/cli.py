@@ -25,7 +25,7 @@ from recipes import distributed, experiment, models, presets, report, sweep
 from recipes.config import Experiment
 from recipes.engine import Engine, Stopped
 from recipes.options import read
-from recipes.progress import Progress
+from recipes.progress import Progress, many
 from recipes.storage import locked, plain
 
 COMMANDS = {
@@ -314,7 +314,7 @@ def _compare(arguments: list[str]) -> None:
         return
     if len(pool.reports) == 1:
         config = pool.reports[0].config
-        print(f"{config.model} on {config.data}, pruner {config.pruner}, {config.epochs} epochs a training")
+        print(f"{config.model} on {config.data}, pruner {config.pruner}, {many(config.epochs, 'epoch')} a training")
         print(pool.reports[0])
     else:
         print(pool)

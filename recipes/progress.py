@@ -37,8 +37,8 @@ class Progress:
         """What is to be done, before the first training ends."""
         config, runs = self.config, len(self.config.arms) * self.config.seeds
         done = "" if len(self.left) == runs else f", {runs - len(self.left)} done" if self.left else ", all done"
-        arms = f"{' '.join(config.ap)} × {_many(config.seeds, 'seed')}"
-        self.say(f"{config.model} on {config.data}, {arms}: {_many(runs, 'run')} in {out}{done}")
+        arms = f"{' '.join(config.ap)} × {many(config.seeds, 'seed')}"
+        self.say(f"{config.model} on {config.data}, {arms}: {many(runs, 'run')} in {out}{done}")
 
     def __call__(self, event: dict[str, Any]) -> None:
         """One event of a run."""
@@ -85,5 +85,10 @@ class Progress:
         self.bar.close()
 
 
-def _many(count: int, noun: str) -> str:
+def many(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> many(1, "run"), many(6, "run")
+    ('1 run', '6 runs')
+    """
     return f"{count} {noun}{'s' * (count != 1)}"

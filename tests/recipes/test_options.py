@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import io
 import re
+import sys
 
 import pytest
 
 from recipes import cli
+from recipes.__main__ import main as console
 from recipes.config import Experiment
 from recipes.dnr_command import DNR
 from recipes.export import ExportConfig
@@ -113,6 +116,14 @@ def test_what_cannot_work_is_said_before_anything_is_trained(options, why, tmp_p
     assert error.count("\n") == 1
     assert why in error
     assert list((tmp_path / "run").glob("*/config.json")) == []  # so that the corrected command may use the folder
+
+
+def test_a_terminal_without_our_letters_gets_question_marks(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert console(["list"]) == 0
+    sys.stdout.flush()
+    assert b"none lite ? 3 seeds" in written.getvalue()
 
 
 def test_names_in_another_case_are_close(capsys):

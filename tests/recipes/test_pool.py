@@ -97,7 +97,9 @@ def test_compare_takes_a_sweep(tmp_path, capsys):
 
 
 def test_pooled_seeds_are_saved_where_asked(tmp_path, capsys):
-    parts = [record(tmp_path / f"part{i}", noisy(0.001), first_seed=3 * i) for i in (0, 1)]
+    parts = [record(tmp_path / f"part{i}", noisy(0.001), first_seed=3 * i, epochs=1) for i in (0, 1)]
     assert main(["compare", *map(str, parts), "--save", str(tmp_path / "both")]) == 0
-    assert "with 6 seeds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("cnn on digits, pruner magnitude, 1 epoch a training\n")
+    assert "with 6 seeds" in printed
     assert (tmp_path / "both/summary.md").read_text().count("cnn on digits") == 1
