@@ -223,7 +223,7 @@ def test_batches_for_scores_have_a_size_of_their_own():
     for which in (0, 1):
         whole, parts = (torch.cat([batch[which] for batch in batches]) for batches in (usual, other))
         assert torch.equal(whole[:100], parts)
-    with pytest.raises(ValueError, match="--score-size 1201 is more than the 1200 training images"):
+    with pytest.raises(ValueError, match="--score-size 1201 is more than the 1,200 training images"):
         Engine(Experiment(**BASE, score_size=1201), DATA, 0)
 
 
