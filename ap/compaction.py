@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ap.channels import Channels, Cut
 from ap.graph import trace
 from ap.graph_trace import unwrap
-from ap.names import refuse_wrappers
+from ap.names import refuse_meta, refuse_wrappers
 from ap.slots import Kept
 
 
@@ -55,8 +55,7 @@ def compact(model: nn.Module, example_input: Any, check: bool = True) -> nn.Modu
         )
     """
     refuse_wrappers(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model is on the meta device, without any values: give it its weights first")
+    refuse_meta(model)
     model = unwrap(model)
     # What torch.nn.utils.prune computes is no leaf, which cannot be copied otherwise.
     computed = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor) and x.grad_fn is not None]

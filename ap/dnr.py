@@ -26,7 +26,7 @@ from ap.dnr_recording import Recording
 from ap.dnr_report import DNRReport
 from ap.dnr_tally import Tally
 from ap.dnr_watch import Hook, Watch, has_own_code, outermost_activations
-from ap.names import named_modules, refuse_wrappers
+from ap.names import named_modules, refuse_meta, refuse_wrappers
 from ap.tensorboard import LogEntry, write_report
 from ap.warn import warn
 
@@ -397,8 +397,7 @@ def measure_dnr(model: nn.Module, batches: Iterable[Any], eps: float | None = No
     monitor = DNRMonitor(model, every=1, eps=eps)
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_meta:
-        raise ValueError("the model is on the meta device, without any values: give it its weights first")
+    refuse_meta(model)
     try:
         model.eval()
         with monitor:

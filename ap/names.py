@@ -62,6 +62,12 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}{close_names(name, names)} (known: {', '.join(names)})")
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """Raises ValueError for a model without values, of which nothing can be computed."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device, without any values: give it its weights first")
+
+
 def refuse_wrappers(model: object) -> None:
     """Raises TypeError for what is not a plain module: DataParallel, FSDP, tensor parallelism, or no module."""
     if not isinstance(model, nn.Module):
